@@ -1,0 +1,1 @@
+"""Blame: signed contributions of units, classes and samples to the loss."""

@@ -1,0 +1,105 @@
+"""What an op is: a ``torch.autograd.Function`` that also knows its secant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+Policy = Literal["low", "fp32"]
+
+
+class Op(torch.autograd.Function):
+    """An operation whose derivatives are written out.
+
+    A subclass gives, side by side:
+
+    * ``forward(*args)``: the value (torch's own forward, so that outputs are bitwise torch's);
+    * ``setup_context(ctx, inputs, output)``: what backward and jvp need, and no more;
+    * ``backward(ctx, grad_output)``: the tangent, in differentiable torch where
+      ``torch.is_grad_enabled()`` (double backward differentiates it again);
+    * ``jvp(ctx, *tangents)``: forward mode;
+    * ``secant(multiplier, args, args0, output, output0)``: multipliers ``m`` with
+      ``sum <m_arg, arg - arg0> = <multiplier, output - output0>`` exactly, one per argument
+      (``None`` for constants).
+
+    Attributes:
+        autocast: per device type, the list of PyTorch's autocast this op is on: ``"low"`` (runs in
+            the autocast dtype) or ``"fp32"``. Devices left out run in the dtype of their inputs.
+    """
+
+    generate_vmap_rule = True
+    autocast: ClassVar[dict[str, Policy]] = {}
+    call: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the op its ``call``, the one door through which every functional passes."""
+        super().__init_subclass__(**kwargs)
+        if cls.forward is not torch.autograd.Function.forward:
+            cls.call = staticmethod(_door(cls))
+
+    @staticmethod
+    def secant(
+        multiplier: Any, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Multipliers of every argument; see the class. Each op writes its own."""
+        raise NotImplementedError
+
+
+def _door(op: type[Op]) -> Callable[..., Any]:
+    # Dynamo refuses a Function that defines jvp, hence a twin without it. Both are closed over,
+    # because dynamo cannot look a Function up as an attribute of another one.
+    body = {name: staticmethod(getattr(op, name)) for name in ("forward", "setup_context", "backward")}
+    traced = type(f"{op.__name__}Traced", (torch.autograd.Function,), body)
+    traced.generate_vmap_rule = True
+    policies = op.autocast
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            function = traced
+        elif has_torch_function(args):  # a mode, such as the secant tape, or a Tensor subclass
+            return handle_torch_function(call, args, *args)
+        else:
+            function = op
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function.apply(*args)
+        # Backward runs outside autocast, so the cast must be part of the graph: cast the
+        # arguments here, then keep autocast away from the inside of the op.
+        args = _autocast(args, policies.get(device), torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return function.apply(*args)
+
+    call.op = op  # type: ignore[attr-defined]  # so that a mode can tell which op this is
+    return call
+
+
+def _autocast(args: tuple[Any, ...], policy: Policy | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    if policy is None:
+        return args
+    target = dtype if policy == "low" else torch.float32
+    return tuple(
+        a.to(target)
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        else a
+        for a in args
+    )
+
+
+def add_tangents(*tangents: Tensor | None) -> Tensor | None:
+    """Sum of the tangents that are there; ``None`` when none is."""
+    present = [t for t in tangents if t is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def midpoint(a: Any, a0: Any) -> Any:
+    """``(a + a0) / 2``, or ``a`` itself when both runs share it (a parameter, say)."""
+    return a if a is a0 else (a + a0) / 2
+
+
+def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo broadcasting: sum ``tensor`` down to ``shape``."""
+    return tensor if tensor.shape == torch.Size(shape) else tensor.sum_to_size(tuple(shape))

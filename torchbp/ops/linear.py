@@ -1,0 +1,175 @@
+"""Fully connected layers and residual addition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchbp.ops.base import Op, add_tangents, midpoint, sum_to
+from torchbp.ops.registry import Maker, Sample, register, sample
+
+
+class Linear(Op):
+    """``y = x Wᵀ + b``.
+
+    Backward: ``∂x = g W``, ``∂W = gᵀ x``, ``∂b = Σ g`` (sums over every leading dimension).
+    Secant: the map is bilinear in (x, W), so each factor is weighted by the other's midpoint;
+    with equal weights in both runs this is the transpose.
+    """
+
+    autocast = {"cpu": "low", "cuda": "low"}
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            grad_output @ weight.conj() if needs_x else None,
+            _outer(grad_output, x.conj()) if needs_weight else None,
+            _sum_rows(grad_output) if needs_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor | None:
+        x, weight = ctx.saved_tensors
+        out = add_tangents(
+            None if tx is None else F.linear(tx, weight),
+            None if tw is None else F.linear(x, tw),
+        )
+        if tb is None:
+            return out
+        return tb.expand(*x.shape[:-1], -1).clone() if out is None else out + tb
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        (x, weight, bias), (x0, weight0, _) = args, args0
+        return (
+            multiplier @ midpoint(weight, weight0),
+            _outer(multiplier, midpoint(x, x0)),
+            None if bias is None else _sum_rows(multiplier),
+        )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    *leading, features = tensor.shape
+    # The row count is spelled out: reshape(-1, 0) would be ambiguous.
+    return tensor if len(leading) == 1 else tensor.reshape(math.prod(leading), features)
+
+
+def _sum_rows(tensor: Tensor) -> Tensor:
+    return tensor.sum_to_size(tensor.shape[-1:])
+
+
+def _outer(grad_output: Tensor, x: Tensor) -> Tensor:
+    if grad_output.dim() == 1:
+        return torch.outer(grad_output, x)
+    return _rows(grad_output).mT @ _rows(x)
+
+
+def _linear_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(3, 5), make(4, 5), make(4))
+    yield sample(make(2, 3, 5), make(4, 5), make(4))
+    yield sample(make(2, 2, 3, 5), make(4, 5))
+    yield sample(make(5), make(4, 5), make(4))
+    yield sample(make(0, 5), make(4, 5), make(4))
+
+
+@register(F.linear, modules=[nn.Linear], samples=_linear_samples)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input Wᵀ + bias``, as :func:`torch.nn.functional.linear`.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or ``None``.
+
+    Returns:
+        ``(*, out_features)``.
+    """
+    return Linear.call(input, weight, bias)
+
+
+class Add(Op):
+    """``y = a + alpha * b`` with broadcasting: the residual connection.
+
+    Backward: each branch receives the error (times alpha), summed over broadcast dimensions.
+    Secant: the same, for the map is linear; the branches are two edges of a cut.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+        return torch.add(a, b, alpha=alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, ctx.alpha = inputs
+        ctx.shapes = a.shape, b.shape
+        ctx.dtypes = a.dtype, b.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (shape_a, shape_b), (dtype_a, dtype_b) = ctx.shapes, ctx.dtypes
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        return (
+            sum_to(grad_output, shape_a).to(dtype_a) if needs_a else None,
+            sum_to(_scaled(grad_output, ctx.alpha), shape_b).to(dtype_b) if needs_b else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, ta: Tensor | None, tb: Tensor | None, _: Any) -> Tensor | None:
+        shape = torch.broadcast_shapes(*ctx.shapes)
+        out = add_tangents(ta, None if tb is None else _scaled(tb, ctx.alpha))
+        # A tangent may neither alias an input's tangent nor miss the broadcast.
+        return None if out is None else out.expand(shape).clone()
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        a, b, alpha = args
+        return sum_to(multiplier, a.shape), sum_to(_scaled(multiplier, alpha), b.shape), None
+
+
+def _scaled(tensor: Tensor, alpha: float) -> Tensor:
+    return tensor if alpha == 1 else tensor * alpha
+
+
+def _add_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(3, 4), make(3, 4))
+    yield sample(make(2, 3, 4), make(4), alpha=0.5)
+    yield sample(make(3, 1), make(1, 4), alpha=2)
+    yield sample(make(0, 4), make(4))
+
+
+@register(torch.add, samples=_add_samples)
+def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+    """``input + alpha * other``, as :func:`torch.add` of two tensors (broadcasting).
+
+    Args:
+        input: any shape.
+        other: a shape that broadcasts with ``input``.
+        alpha: factor of ``other``.
+
+    Returns:
+        The sum, in the broadcast shape.
+    """
+    return Add.call(input, other, alpha)
