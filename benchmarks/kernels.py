@@ -1,0 +1,126 @@
+"""Compiled kernels against eager PyTorch: ``python benchmarks/kernels.py [--threads 2] [--pairs 9]``.
+
+Prints a markdown table; a ratio above 1 means that the kernel is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from _paired import paired
+from torch import Tensor
+
+from torchbp import kernels
+
+Case = tuple[str, str, Callable[[], object], Callable[[], object]]
+
+EAGER: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _label(x: Tensor) -> str:
+    return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+
+
+def forward_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    """``act(x + b)``, and ``act(x)`` alone."""
+    x, b = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    for act, eager in EAGER.items():
+        yield (
+            f"{act}(x + b)",
+            _label(x),
+            lambda act=act: kernels.bias_act(x, b, act),
+            lambda eager=eager: eager(x + b),
+        )
+        yield (
+            f"{act}(x)",
+            _label(x),
+            lambda act=act: kernels.bias_act(x, None, act),
+            lambda eager=eager: eager(x),
+        )
+
+
+def backward_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    """The backward of ``act(x + b)``, by autograd over a graph that is kept."""
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    b = torch.randn(shape[-1], dtype=dtype, requires_grad=True)
+    grad = torch.randn(shape, dtype=dtype)
+    x0, b0 = x.detach(), b.detach()
+    for act, eager in EAGER.items():
+        y = eager(x + b)
+        yield (
+            f"{act}(x + b) backward",
+            _label(x),
+            lambda act=act: kernels.bias_act_backward(grad, x0, b0, act),
+            lambda y=y: torch.autograd.grad(y, (x, b), grad, retain_graph=True),
+        )
+
+
+def _eager_reduce(a: Tensor, delta: Tensor, unit_dim: int) -> tuple[Tensor, ...]:
+    other = [d for d in range(a.dim()) if d != unit_dim % a.dim()]
+    product = a * delta
+    return (
+        product.sum(other[1:]) if len(other) > 1 else product,
+        (a == 0).sum(other),
+        a.square().sum(other),
+        delta.square().sum(other),
+    )
+
+
+def reduce_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The sums of `blame_reduce`, composed of PyTorch calls."""
+    for name, shape, unit_dim, channels_last in (
+        ("blame_reduce", (256, 1024), -1, False),
+        ("blame_reduce", (4096, 4096), -1, False),
+        ("blame_reduce tokens", (8, 512, 768), -1, False),
+        ("blame_reduce images", (32, 64, 56, 56), 1, False),
+        ("blame_reduce channels_last", (32, 64, 56, 56), 1, True),
+        ("blame_reduce small images", (64, 512, 7, 7), 1, False),
+    ):
+        a, delta = torch.randn(shape, dtype=dtype).relu(), torch.randn(shape, dtype=dtype)
+        if channels_last:
+            a, delta = (t.to(memory_format=torch.channels_last) for t in (a, delta))
+        yield (
+            name,
+            _label(a),
+            lambda a=a, d=delta, u=unit_dim: kernels.blame_reduce(a, d, u),
+            lambda a=a, d=delta, u=unit_dim: _eager_reduce(a, d, u),
+        )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    state = kernels.status()
+    print(f"torch {state['torch']}, kernels {state['isa']}, {options.threads} threads\n")
+    print("| operation | size | kernel ms | eager ms | eager / kernel |\n|---|---|--:|--:|--:|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for cases in (
+            forward_cases((4096, 4096), dtype),
+            forward_cases((128, 512), dtype),
+            backward_cases((4096, 1024), dtype),
+            backward_cases((128, 512), dtype),
+            reduce_cases(dtype),
+        ):
+            for name, size, kernel, eager in cases:
+                ratio, ours, theirs = paired(kernel, eager, options.pairs)
+                print(f"| {name} | {size} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

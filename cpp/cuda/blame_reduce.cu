@@ -1,0 +1,56 @@
+#include "cuda/blame_reduce.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cuda/launch.h"
+#include "torchbp/blame_reduce_check.h"
+
+namespace torchbp {
+
+template <class T>
+static void launch(const BlameLayout& layout, bool gradient, const Tensor& contribution,
+                   const Tensor& stats) {
+  using A = acc_t<T>;
+  const RowBlocks part(layout.samples, layout.count());
+  const int64_t size = stat_count * layout.units;
+  const Tensor sums = torch::stable::new_empty(stats, {part.blocks, size});
+  const BlameArguments<T> q{input<T>(layout.activation), input<T>(layout.error),
+                            output<A>(contribution),     output<A>(sums),
+                            layout.activation_strides,   layout.error_strides,
+                            layout.samples,              layout.positions,
+                            layout.units,                part.rows};
+  const int64_t columns = layout.units_inner ? ceil_div(layout.units, lanes_x) : layout.units;
+  const dim3 grid(unsigned(columns), unsigned(part.blocks)), block(lanes_x, lanes_y);
+  const cudaStream_t stream = current_stream(stats);
+  const auto kernel =
+      layout.units_inner ? (gradient ? units_inner_kernel<true, T> : units_inner_kernel<false, T>)
+                         : (gradient ? positions_inner_kernel<true, T>
+                                     : positions_inner_kernel<false, T>);
+  kernel<<<grid, block, 0, stream>>>(q);
+  join_kernel<A><<<flat_blocks(size), 256, 0, stream>>>(input<A>(sums), output<A>(stats),
+                                                        part.blocks, size);
+  check_launch("blame_reduce");
+}
+
+static std::tuple<Tensor, Tensor> blame_reduce_cuda(const Tensor& activation, const Tensor& error,
+                                                    int64_t unit_dim, bool gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(activation.get_device_index());
+  const BlameLayout layout = blame_layout(activation, error, unit_dim);
+  const bool wide = activation.scalar_type() == ScalarType::Double;
+  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor contribution =
+      torch::stable::new_zeros(activation, {layout.samples, layout.units}, dtype);
+  const Tensor stats = torch::stable::new_zeros(activation, {stat_count, layout.units}, dtype);
+  with_scalar(activation.scalar_type(), "activation", [&](auto scalar) {
+    if (layout.count() > 0) launch<decltype(scalar)>(layout, gradient, contribution, stats);
+  });
+  return {contribution, stats};
+}
+
+}  // namespace torchbp
+
+STABLE_TORCH_LIBRARY_IMPL(torchbp, CUDA, m) {
+  m.impl("blame_reduce", TORCH_BOX(&torchbp::blame_reduce_cuda));
+}

@@ -1,0 +1,83 @@
+// What every kernel needs to know of a tensor. The only header that includes torch.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "torchbp/scalar.h"
+
+namespace torchbp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+const T* input(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f with a value of the element type of `dtype`.
+template <class F>
+void with_scalar(ScalarType dtype, const char* argument, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::BFloat16: return f(bf16{});
+    case ScalarType::Half: return f(f16{});
+    default:
+      STD_TORCH_CHECK(false, argument, ": expected float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+inline void check_alike(const Tensor& t, const char* name, const Tensor& like,
+                        const char* like_name) {
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name,
+                  ", ", torch::headeronly::toString(like.scalar_type()), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == like.device(), name, ": expected the device of ", like_name);
+}
+
+inline void check_same_shape(const Tensor& t, const char* name, const Tensor& like,
+                             const char* like_name) {
+  STD_TORCH_CHECK(t.sizes().equals(like.sizes()), name, ": expected the shape of ", like_name);
+}
+
+// `t` itself where its strides are those of `like`, otherwise a copy that has them.
+inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
+  if (t.strides().equals(like.strides())) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// How a matrix is cut into tasks: by the shape alone, never by the number of threads, so that sums
+// come out bitwise the same whatever the machine runs them on. Row blocks need a copy of the sums
+// each and are therefore made only as far as the column tiles leave threads without work.
+struct Partition {
+  static constexpr int64_t tile = 512;
+  int64_t rows, columns, tiles, blocks, block_rows, elements_per_task;
+
+  Partition(int64_t rows_, int64_t columns_, int64_t elements) : rows(rows_), columns(columns_) {
+    tiles = std::max<int64_t>(1, ceil_div(columns, tile));
+    blocks = std::clamp<int64_t>(std::min(ceil_div(64, tiles), elements >> 16), 1,
+                                 std::max<int64_t>(1, rows));
+    block_rows = ceil_div(rows, blocks);
+    elements_per_task = std::max<int64_t>(1, elements / tasks());
+  }
+  int64_t tasks() const { return tiles * blocks; }
+  int64_t grain() const { return ceil_div(16384, elements_per_task); }
+  int64_t row_begin(int64_t block) const { return std::min(rows, block * block_rows); }
+  int64_t row_end(int64_t block) const { return std::min(rows, (block + 1) * block_rows); }
+  int64_t column_begin(int64_t t) const { return t * tile; }
+  int64_t column_end(int64_t t) const { return std::min(columns, (t + 1) * tile); }
+};
+
+}  // namespace torchbp

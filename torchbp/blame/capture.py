@@ -1,0 +1,300 @@
+"""Seeing what every module of a model returns, without changing the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+_CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
+_FEATURES_LAST = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_NO_UNITS = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.loss._Loss,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+INPUT = "input"
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is one of torch.nn's elementwise activations."""
+    return any(c.__module__ == "torch.nn.modules.activation" for c in type(module).__mro__) and (
+        not isinstance(module, nn.MultiheadAttention)
+    )
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that compute something themselves, by name, in registration order.
+
+    Attention counts as one: it uses its output projection's weights without calling it.
+    """
+    found: dict[str, nn.Module] = {}
+    whole: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(whole) and whole:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            whole = (*whole, f"{name}.")
+        elif next(module.children(), None) is not None:
+            continue
+        found[name] = module
+    return found
+
+
+def named_layers(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+    """Look layers up by name or by identity.
+
+    Raises:
+        TypeError: if an element is neither a name nor a module.
+        ValueError: if the model has no such layer; names close to it are suggested.
+    """
+    if isinstance(layers, str):
+        layers = [layers]
+    modules = dict(model.named_modules())
+    names = {id(m): n for n, m in modules.items()}
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            if id(layer) not in names:
+                raise ValueError(f"layers: {layer!r} is not a module of the model")
+            found[names[id(layer)]] = layer
+        elif isinstance(layer, str):
+            if layer not in modules and layer != INPUT:
+                raise ValueError(unknown("layers", layer, [*modules][1:]))
+            found[layer] = modules.get(layer, model)
+        else:
+            raise TypeError(f"layers: expected names or modules, got {type(layer).__name__}")
+    return found
+
+
+def unknown(argument: str, value: str, known: Sequence[str]) -> str:
+    """An error text for a name that is not known, with the closest names."""
+    close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{argument}: unknown name {value!r}{hint} (known: {', '.join(known)})"
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that carries a module's value: itself, or the first of a tuple (LSTM)."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, (tuple, list)):
+        return next((t for t in map(first_tensor, output) if t is not None), None)
+    if isinstance(output, dict):
+        return first_tensor(tuple(output.values()))
+    return None
+
+
+def replace_first(output: Any, new: Tensor) -> Any:
+    """A module's output with its first tensor exchanged; ``None`` for unusual containers."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, tuple) and isinstance(output[0], Tensor):
+        rest = (new, *output[1:])
+        return type(output)(*rest) if hasattr(output, "_fields") else rest
+    return None
+
+
+def unit_dim(module: nn.Module, output: Tensor, inherited: int | None) -> int:
+    """The dimension of ``output`` that runs over units (negative: counted from the end)."""
+    if isinstance(module, _CHANNELS_SECOND):
+        return 1
+    if isinstance(module, _FEATURES_LAST):
+        return -1
+    if inherited is not None:
+        return inherited
+    return 1 if output.dim() >= 4 else -1
+
+
+def per_unit(values: Tensor, dim: int) -> Tensor:
+    """Sum ``[N, ...]`` over everything but samples and units: ``[N, U]``."""
+    if values.dim() == 1:
+        return values[:, None]
+    rest = [d for d in range(1, values.dim()) if d != dim % values.dim()]
+    return values.sum(rest) if rest else values
+
+
+@dataclass
+class Call:
+    """One call of one module during a forward pass."""
+
+    name: str
+    module: nn.Module
+    output: Tensor
+    unit_dim: int
+    source: int | None = None  # the call (by position) whose output is this one's input
+    version: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether something wrote into the output after the module returned it."""
+        return self.output._version != self.version
+
+
+@dataclass
+class Capture:
+    """Records the output of every call of the given modules while it is entered.
+
+    Args:
+        modules: by name.
+        differentiable: make outputs require grad where nothing before them does (integer inputs).
+        protect: hand a copy on to the next module, so that in-place operations spare the record.
+    """
+
+    modules: dict[str, nn.Module]
+    differentiable: bool = False
+    protect: bool = False
+    calls: list[Call] = field(default_factory=list)
+    current: list[str] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+    _position: dict[int, int] = field(default_factory=dict)
+    _passed: list[Tensor] = field(default_factory=list)
+
+    def __enter__(self) -> Capture:
+        for name, module in self.modules.items():
+            if name == INPUT:
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self._handles.append(module.register_forward_hook(self._leave(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._passed.clear()
+
+    def _enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.current.append(name)
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            self.current.pop()
+            value = first_tensor(output)
+            return None if value is None else self.record(name, module, args, output, value)
+
+        return hook
+
+    def producer(self, output: Any) -> Call | None:
+        """The call that returned the model's output, if a recorded one did."""
+        position = self._position.get(id(first_tensor(output)))
+        return None if position is None else self.calls[position]
+
+    def record_input(self, model: nn.Module, leaf: Tensor, passed: Tensor) -> None:
+        """Enter the model's input as the first cut; ``passed`` is what the model receives."""
+        self._position[id(passed)] = len(self.calls)
+        self._passed.append(passed)
+        self.calls.append(Call(INPUT, model, leaf, unit_dim(model, leaf, None)))
+
+    def record(self, name: str, module: nn.Module, args: Any, output: Any, value: Tensor) -> Any:
+        """Enter one call; returns what the module shall return instead, or ``None``."""
+        replaced = None
+        if self.differentiable and not value.requires_grad:
+            value = value.detach().requires_grad_()
+            replaced = replace_first(output, value)
+        source = self._position.get(id(args[0])) if args else None
+        inherited = None
+        if source is not None and self.calls[source].output.dim() == value.dim():
+            inherited = self.calls[source].unit_dim
+        dim = unit_dim(module, value, inherited)
+        self.calls.append(Call(name, module, value, dim, source, value._version))
+        passed = value
+        if self.protect:
+            passed = value.clone()
+            replaced = replace_first(output, passed)
+        self._position[id(passed)] = len(self.calls) - 1
+        self._passed.append(passed)  # keeps the identity taken while the pass lasts
+        return replaced
+
+
+def unit_calls(calls: Sequence[Call]) -> list[Call]:
+    """The calls whose outputs are units: by default one per cut.
+
+    Pooling, flattening and dropout only pass units on. A layer whose output goes straight into a
+    norm or activation is represented by that: the neuron is what the rest of the network sees.
+    """
+    kept = []
+    for call in calls:
+        if call.name == INPUT or isinstance(call.module, _NO_UNITS):
+            continue
+        followers = [c for c in calls if c.source is not None and calls[c.source] is call]
+        if any(is_activation(c.module) or isinstance(c.module, _NORMS) for c in followers):
+            continue
+        kept.append(call)
+    return kept
+
+
+def hidden(calls: Sequence[Call], output: Call | None) -> list[Call]:
+    """Leave out the layer that returns the model's output, unless it is the only one.
+
+    Silencing a logit has no meaning: softmax cares for differences of logits alone.
+    """
+    return [c for c in calls if c is not output] or list(calls)
+
+
+def call_names(calls: Sequence[Call]) -> list[str]:
+    """Names of calls: ``name``, and ``name#2`` for the second call of a reused module."""
+    seen: dict[str, int] = {}
+    names = []
+    for call in calls:
+        seen[call.name] = seen.get(call.name, 0) + 1
+        names.append(call.name if seen[call.name] == 1 else f"{call.name}#{seen[call.name]}")
+    return names
+
+
+def writes_in_place(model: nn.Module) -> bool:
+    """Whether a module announces in-place work (``nn.ReLU(inplace=True)``)."""
+    return any(getattr(m, "inplace", False) is True for m in model.modules())
+
+
+def training_modules(model: nn.Module) -> list[str]:
+    """Names of modules whose training mode makes values random or couples samples."""
+    coupled = (_NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+    return [
+        f"{name} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if m.training and isinstance(m, coupled) and (getattr(m, "dropout", 1) or 0) != 0
+    ]
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
+    """CUDA devices in use, whose random state must be kept."""
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
+def leaf_copy(value: Any) -> Any:
+    """A differentiable leaf with the value of a floating tensor; other values as they are."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        with torch.inference_mode(False):
+            return value.detach().clone().requires_grad_()
+    return value

@@ -1,0 +1,175 @@
+"""One attribution problem: a model, inputs, targets and a loss, and how to run them safely."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torchbp.blame.capture import (
+    Call,
+    Capture,
+    call_names,
+    cuda_devices,
+    hidden,
+    leaf_copy,
+    leaves,
+    named_layers,
+    training_modules,
+    unit_calls,
+    writes_in_place,
+)
+from torchbp.blame.definitions import LossHead
+
+
+@dataclass
+class Run:
+    """One forward pass: what every layer returned, and every sample's loss.
+
+    Attributes:
+        calls: by layer name, in the order of the pass.
+        output: what the model returned.
+        losses: ``[N]``, not averaged.
+        leaves: the floating inputs, as differentiable leaves.
+    """
+
+    calls: dict[str, Call]
+    output: Any
+    losses: Tensor
+    leaves: list[Tensor]
+
+
+@dataclass
+class Problem:
+    """What to attribute, and the means to run it without touching anything of the user's.
+
+    Parameters are passed to the model detached and buffers as copies, so neither gradients nor
+    running statistics can reach the originals.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+    head: LossHead
+    layers: Sequence[str | nn.Module] | str | None = None
+    baseline: Any = None
+    n_steps: int = 1
+    state: dict[str, Tensor] = field(default_factory=dict)
+    wanted: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layers is None or self.layers == "all":
+            self.wanted = leaves(self.model)
+        else:
+            self.wanted = named_layers(self.model, self.layers)
+        self.protect = writes_in_place(self.model)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Random state kept, gradients on, and a word about training mode."""
+        coupled = training_modules(self.model)
+        if coupled:
+            warnings.warn(
+                f"attribute: the model is in training mode: {', '.join(coupled[:3])} "
+                f"{'and others ' if len(coupled) > 3 else ''}make per-sample blame random or "
+                "dependent on the batch; call model.eval() first",
+                UserWarning,
+                stacklevel=4,
+            )
+        everything = [*self.model.parameters(), *self.model.buffers()]
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(cuda_devices(everything)),
+        ):
+            self._rng = torch.get_rng_state()
+            yield
+
+    def fresh_state(self) -> dict[str, Tensor]:
+        """Detached parameters and copied buffers, by name."""
+        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        return {**parameters, **{n: b.clone() for n, b in self.model.named_buffers()}}
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output; every call sees the same random numbers."""
+        torch.set_rng_state(self._rng)
+        return functional_call(self.model, self.state or self.fresh_state(), args, kwargs)
+
+    def run(self, args: tuple[Any, ...] | None = None, *, mode: Any = None) -> Run:
+        """Forward pass and losses, with every wanted layer's output on record.
+
+        Args:
+            args: positional inputs instead of the problem's own.
+            mode: a secant tape to run under.
+        """
+        try:
+            return self._run(args, mode)
+        except _WrittenInPlace:
+            self.protect = True  # something wrote into a layer's output: hand copies on
+            return self._run(args, mode)
+
+    def _run(self, args: tuple[Any, ...] | None, mode: Any) -> Run:
+        given = self.args if args is None else args
+        inputs = tuple(leaf_copy(a) for a in given)
+        named = {k: leaf_copy(v) for k, v in self.kwargs.items()}
+        floating = [t for t in (*inputs, *named.values()) if _is_floating(t)]
+        capture = Capture(self.wanted, differentiable=True, protect=self.protect)
+        with capture, _tape(mode, capture):
+            fed = [t.clone() if self.protect and _is_floating(t) else t for t in inputs]
+            keywords = {
+                k: t.clone() if self.protect and _is_floating(t) else t for k, t in named.items()
+            }
+            pairs = zip((*inputs, *named.values()), (*fed, *keywords.values()), strict=True)
+            for leaf, passed in pairs:
+                if floating and leaf is floating[0]:
+                    capture.record_input(self.model, leaf, passed)
+            output = self.call(tuple(fed), keywords)
+            if not self.protect and any(c.changed for c in capture.calls):
+                raise _WrittenInPlace
+            final = capture.producer(output)
+            losses = self.head.per_sample(output, self.targets)
+        return Run(self._select(capture.calls, final), output, losses, floating)
+
+    def _select(self, calls: list[Call], final: Call | None) -> dict[str, Call]:
+        names = dict(zip(map(id, calls), call_names(calls), strict=True))
+        chosen = hidden(unit_calls(calls), final) if self.layers is None else calls
+        if not chosen:
+            raise ValueError(
+                "model: none of its modules returned a floating tensor with units; there is no "
+                "layer to blame"
+            )
+        wanted = self.layers not in (None, "all")
+        found = {names[id(c)]: c for c in chosen if not wanted or c.name in self.wanted}
+        missing = [n for n in self.wanted if n not in found] if wanted else []
+        if missing:
+            raise ValueError(
+                f"layers: {', '.join(map(repr, missing))} did not run in the forward pass, or did "
+                "not return a floating tensor"
+            )
+        return found
+
+
+class _WrittenInPlace(Exception):
+    """A layer's output was overwritten before it could be read."""
+
+
+@contextmanager
+def _tape(mode: Any, capture: Capture) -> Iterator[None]:
+    if mode is None:
+        yield
+        return
+    mode.next_run(capture.current)
+    with mode:
+        yield
+    mode.finish_run()
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,147 @@
+"""The result of an attribution: blame per sample and unit, and the sums people ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp.blame.capture import unknown
+from torchbp.blame.definitions import Question
+from torchbp.blame.summary import Summary
+from torchbp.tables import Table
+
+
+@dataclass(repr=False, eq=False)
+class Blame(Summary, Mapping[str, Tensor]):
+    """Blame of every unit of every layer, sample by sample.
+
+    A mapping from layer name to a ``[N, U]`` tensor in units of the un-averaged loss. Positive
+    blame raises the loss (a culprit), negative blame lowers it (a helper).
+
+    Attributes:
+        units: the mapping itself.
+        method: which method made it.
+        question: what it answers: ``"removal"``, ``"allocation"`` or ``"sensitivity"``.
+        targets: the targets it was made for.
+        output: the model's output, where it is a tensor.
+        losses: ``[N]`` un-averaged losses.
+        reference_losses: ``[N]`` losses at the reference, for methods that have one.
+        expected: per layer ``[N]`` what the blame of each sample must sum to; only for allocating
+            methods and for layers that are a complete cut.
+        class_names: names of the classes, where given.
+    """
+
+    units: dict[str, Tensor]
+    method: str
+    question: Question
+    targets: Any
+    output: Tensor | None
+    losses: Tensor
+    reference_losses: Tensor | None = None
+    expected: dict[str, Tensor] = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
+
+    def __getitem__(self, layer: str) -> Tensor:
+        if layer not in self.units:
+            raise KeyError(unknown("layer", layer, [*self.units]))
+        return self.units[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def per_unit(self, layer: str) -> Tensor:
+        """``[U]`` blame summed over samples."""
+        return self[layer].sum(0)
+
+    def per_sample(self, layer: str) -> Tensor:
+        """``[N]`` blame summed over the units of a layer."""
+        return self[layer].sum(1)
+
+    def per_class(self, layer: str) -> Tensor:
+        """``[C, U]`` blame summed over the samples of each true class.
+
+        Raises:
+            ValueError: if the targets are not class indices.
+        """
+        values, targets = self[layer], self._classes()
+        out = values.new_zeros(self._n_classes(), values.shape[1])
+        return out.index_add_(0, targets, values)
+
+    def per_pair(self, layer: str, true: int, predicted: int) -> Tensor:
+        """``[U]`` blame summed over the samples of one true class predicted as another.
+
+        Raises:
+            ValueError: if the targets are not class indices or the output has no classes.
+        """
+        chosen = (self._classes() == true) & (self.predictions() == predicted)
+        return self[layer][chosen].sum(0)
+
+    def predictions(self) -> Tensor:
+        """``[N]`` predicted classes.
+
+        Raises:
+            ValueError: if the output is not ``[N, C]``.
+        """
+        if self.output is None or self.output.dim() != 2:
+            raise ValueError("predictions: the output is not of shape [N, C]")
+        return self.output.argmax(1)
+
+    def confusions(self) -> Table:
+        """Pairs of true and predicted class that were confused, worst total loss first."""
+        true, predicted = self._classes(), self.predictions()
+        wrong = true != predicted
+        pairs, where = torch.unique(
+            torch.stack([true[wrong], predicted[wrong]], 1), dim=0, return_inverse=True
+        )
+        losses = self.losses.new_zeros(len(pairs)).index_add_(0, where, self.losses[wrong])
+        counts = torch.bincount(where, minlength=len(pairs))
+        rows = [
+            (self.class_name(int(pairs[i, 0])), self.class_name(int(pairs[i, 1])),
+             int(counts[i]), float(losses[i]))
+            for i in losses.argsort(descending=True).tolist()
+        ]  # fmt: skip
+        return Table(("true", "predicted", "samples", "loss"), rows, title="confusions")
+
+    @property
+    def residual(self) -> dict[str, float]:
+        """Per complete cut: largest error of conservation over samples, relative.
+
+        ``max |Σ blame - (L - L0)| / max(|L - L0|)``; empty for methods that do not allocate.
+        """
+        out = {}
+        for layer, expected in self.expected.items():
+            error = (self.per_sample(layer) - expected).abs().max()
+            scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+            out[layer] = float(error / scale)
+        return out
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{n}: {tuple(v.shape)}" for n, v in self.units.items())
+        return f"Blame(method={self.method!r}, question={self.question!r}, {layers})"
+
+    def _has_classes(self) -> bool:
+        t = self.targets
+        return isinstance(t, Tensor) and not t.is_floating_point() and t.dim() == 1
+
+    def _classes(self) -> Tensor:
+        if not self._has_classes():
+            raise ValueError("per class: the targets are not class indices of shape [N]")
+        return self.targets.clamp(min=0)
+
+    def _n_classes(self) -> int:
+        if self.output is not None and self.output.dim() == 2:
+            return self.output.shape[1]
+        return int(self._classes().max()) + 1
+
+    def layer_names(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def unit_classes(self, layer: str) -> Tensor | None:
+        return self.per_class(layer) if self._has_classes() else None

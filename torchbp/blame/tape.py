@@ -1,0 +1,262 @@
+"""Two runs of one network, paired op by op: the secant tape.
+
+A ``TorchFunctionMode`` sees every torch function a model calls, whether from a torch.nn module, a
+torchbp module or the user's own forward. On the first run it notes the arguments and output of
+every op that has a secant rule; on the next run each op is paired with its note, and autograd
+carries multipliers instead of gradients through it. Linear functions need no note: the secant of
+a linear map is its tangent, so torch's own backward is right. Any other function on the path from
+input to loss is refused by name.
+
+The mode was chosen over ``torch.fx`` and ``torch.export`` because it needs no graph capture: data
+dependent Python in a forward runs as it is, and so do tensors of any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from torchbp.ops.base import Op
+from torchbp.ops.registry import BY_TORCH_FUNCTION, Entry
+
+T = Tensor
+
+#: Functions linear in every tensor argument together: their tangent is their secant.
+LINEAR: frozenset[Callable[..., Any]] = frozenset(
+    getattr(home, name)
+    for home, names in (
+        (
+            torch,
+            """add sub subtract neg negative cat concat concatenate stack hstack vstack reshape
+            squeeze unsqueeze transpose swapaxes permute movedim t sum mean chunk split narrow
+            select index_select gather take_along_dim tile flip roll clone broadcast_to unbind
+            diagonal tril triu unflatten ravel zeros_like""",
+        ),
+        (
+            T,
+            """add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __isub__ neg __neg__ reshape
+            view view_as reshape_as squeeze unsqueeze transpose swapaxes permute movedim t sum mean
+            chunk split narrow select index_select gather expand expand_as repeat flip roll clone
+            contiguous to float double type_as broadcast_to unbind diagonal tril triu unfold
+            unflatten ravel __getitem__ requires_grad_ sum_to_size copy_""",
+        ),
+        (F, "pad fold unfold pixel_shuffle pixel_unshuffle"),
+    )
+    for name in names.split()
+)
+
+#: Functions that do not depend on their arguments' values, or cut the path on purpose.
+CUT: frozenset[Callable[..., Any]] = frozenset({T.detach, torch.detach})
+
+#: Linear as long as a single argument depends on the input.
+LINEAR_IN_ONE: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__, torch.multiply,
+        torch.matmul, T.matmul, T.__matmul__, T.__rmatmul__, torch.mm, torch.bmm, T.mm, T.bmm,
+        torch.einsum,
+    }
+)  # fmt: skip
+
+#: Linear in the first argument as long as the second does not depend on the input.
+QUOTIENT: frozenset[Callable[..., Any]] = frozenset(
+    {torch.div, T.div, T.div_, T.__truediv__, T.__itruediv__, torch.true_divide}
+)
+
+#: Views by attribute: ``x.T``, ``x.mT`` and the like arrive as property getters.
+VIEWS: frozenset[Any] = frozenset(
+    getattr(T, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real")
+)
+
+
+class Note:
+    """Arguments and output of one op in one run, detached."""
+
+    __slots__ = ("args", "op", "output", "where")
+
+    def __init__(self, op: type[Op], args: tuple[Any, ...], output: Any, where: str) -> None:
+        self.op, self.where = op, where
+        self.args = tuple(_detached(a) for a in args)
+        self.output = _detached(output)
+
+
+class SecantTape(TorchFunctionMode):
+    """Pairs a run with the one before it.
+
+    Use :meth:`next_run` before every forward pass, and run it inside ``with tape:``. In the first
+    run nothing is paired; from the second on, ``torch.autograd.grad`` through the results gives
+    multipliers with respect to the run before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules: list[str] = []
+        self._notes: list[Note] = []
+        self._before: list[Note] | None = None
+        self._runs = 0
+        self._inside = False
+
+    def next_run(self, modules: list[str]) -> None:
+        """Start another run, paired with the one that just ended.
+
+        Args:
+            modules: the live stack of names of the modules being called, for error texts.
+        """
+        self._modules = modules
+        self._before = self._notes if self._runs else None
+        self._notes = []
+        self._runs += 1
+
+    def finish_run(self) -> None:
+        """Check that the run called as many ops as the one before."""
+        if self._before is not None and len(self._notes) != len(self._before):
+            raise RuntimeError(
+                f"secant: the model called {len(self._notes)} ops on the input and "
+                f"{len(self._before)} on the reference; its control flow must not depend on values"
+            )
+
+    def _where(self) -> str:
+        return self._modules[-1] if self._modules else ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        op = getattr(func, "op", None)
+        if isinstance(op, type) and issubclass(op, Op):
+            return self._call(op, args)
+        entry = None if self._inside else BY_TORCH_FUNCTION.get(func)
+        if entry is not None and func not in LINEAR:
+            return self._send(entry, func, args, kwargs)
+        output = func(*args, **kwargs)
+        if self._before is not None and not self._inside:
+            self._refuse_unknown(func, args, kwargs, output)
+        return output
+
+    def _send(
+        self, entry: Entry, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._inside = True
+        try:
+            with self:  # a mode is off in its own handler; the op must reach the tape
+                if func in entry.inplace:
+                    target, *rest = args
+                    return target.copy_(entry.functional(target.clone(), *rest, **kwargs))
+                return entry.functional(*args, **kwargs)
+        finally:
+            self._inside = False
+
+    def _call(self, op: type[Op], args: tuple[Any, ...]) -> Any:
+        where = self._where()
+        if self._before is None:
+            output = op.forward(*args)
+        else:
+            note = self._partner(op, args, where)
+            output = _Paired.apply(note, *args)
+        self._notes.append(Note(op, args, output, where))
+        return output
+
+    def _partner(self, op: type[Op], args: tuple[Any, ...], where: str) -> Note:
+        assert self._before is not None
+        k = len(self._notes)
+        note = self._before[k] if k < len(self._before) else None
+        if note is None or note.op is not op or _shapes(note.args) != _shapes(args):
+            came = f"{op.__name__}{_shapes(args)} in {where or 'the model'}"
+            expected = "nothing more" if note is None else f"{note.op.__name__}{_shapes(note.args)}"
+            raise RuntimeError(
+                f"secant: the run on the input and the run on the reference differ: call {k} is "
+                f"{came}, the reference has {expected}. Control flow must not depend on values, "
+                "and the baseline must have the input's shape"
+            )
+        return note
+
+    def _refuse_unknown(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if func in LINEAR or func in CUT or not _depends(output):
+            return
+        if func in LINEAR_IN_ONE and _how_many_depend((*args, *kwargs.values())) == 1:
+            return
+        if func in QUOTIENT and _how_many_depend((*args[1:], *kwargs.values())) == 0:
+            return
+        if func in VIEWS or getattr(func, "__name__", "") == "__get__":
+            return
+        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        where = self._where()
+        place = f"module {where!r}" if where else "the model's own forward"
+        raise NotImplementedError(
+            f"secant: no rule for {name}, called in {place}. Methods gradient, taylor, link, "
+            "logits and ablation work with any function"
+        )
+
+
+class _Paired(torch.autograd.Function):
+    """An op whose backward is its secant with respect to a noted run."""
+
+    @staticmethod
+    def forward(ctx: Any, note: Note, *args: Any) -> Any:
+        output = note.op.forward(*args)
+        ctx.note, ctx.constants = note, tuple(None if isinstance(a, Tensor) else a for a in args)
+        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+        ctx.is_tuple = isinstance(output, tuple)
+        outputs = output if ctx.is_tuple else (output,)
+        ctx.count = len(outputs)
+        ctx.mark_non_differentiable(*(o for o in outputs[1:] if isinstance(o, Tensor)))
+        ctx.save_for_backward(*outputs, *(a for a in args if isinstance(a, Tensor)))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *multipliers: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        outputs, tensors = saved[: ctx.count], iter(saved[ctx.count :])
+        args = tuple(
+            next(tensors) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        )
+        note = ctx.note
+        # Parameters are shared by both runs: the very same object means "no difference".
+        args0 = tuple(
+            a if isinstance(a, Tensor) and a.data_ptr() == a0.data_ptr() and a.shape == a0.shape
+            else a0
+            for a, a0 in zip(args, note.args, strict=True)
+        )  # fmt: skip
+        output = outputs if ctx.is_tuple else outputs[0]
+        result = note.op.secant(multipliers[0], args, args0, output, note.output)
+        needs = ctx.needs_input_grad[1:]
+        return (None, *(r if n else None for r, n in zip(result, needs, strict=True)))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(_detached(v) for v in value)
+    return value
+
+
+def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(a.shape) if isinstance(a, Tensor) else None for a in args)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _depends(value: Any) -> bool:
+    return any(t.requires_grad for t in _tensors(value))
+
+
+def _how_many_depend(args: tuple[Any, ...]) -> int:
+    return sum(t.requires_grad for t in _tensors(args))

@@ -1,0 +1,125 @@
+"""The one door to the kernels: compiled where the extension is there, PyTorch otherwise.
+
+Every function calls an operator of ``torch.ops.torchbp``. An operator runs compiled code on the CPU,
+and on CUDA if the extension was built with it; any other device, or a torchbp without the extension,
+gets `torchbp.kernels.reference`. Nothing here is differentiable: derivatives belong to
+``torchbp.ops``.
+
+Environment, read on import:
+    ``TORCHBP_REFERENCE=1`` leaves a built extension unused.
+    ``TORCHBP_CPU_CAPABILITY=base|avx2|avx512`` caps the instruction set of the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registration import load
+
+__all__ = ["HAS_EXT", "bias_act", "bias_act_backward", "blame_reduce", "status"]
+
+_extension, _why_not = load()
+
+HAS_EXT: bool = _extension is not None
+"""Whether the compiled kernels are in use."""
+
+# Bound once: looking an operator up costs more than the call's own checks.
+_bias_act = torch.ops.torchbp.bias_act.default
+_bias_act_backward = torch.ops.torchbp.bias_act_backward.default
+_blame_reduce = torch.ops.torchbp.blame_reduce.default
+
+
+def bias_act(
+    x: Tensor, bias: Tensor | None = None, act: str = "identity", alpha: float = 0.01
+) -> Tensor:
+    """Compute ``act(x + bias)`` in one pass.
+
+    Args:
+        x: Any shape; float32, float64, bfloat16 or float16.
+        bias: Shape ``[x.shape[-1]]``, dtype and device of ``x``; None adds nothing.
+        act: ``identity``, ``relu``, ``leaky_relu``, ``gelu`` (the exact one), ``gelu_tanh``
+            (Hendrycks and Gimpel, 2016), ``silu``, ``tanh`` or ``sigmoid``.
+        alpha: The negative slope of ``leaky_relu``; the others ignore it.
+
+    Returns:
+        Shape and dtype of ``x``; contiguous with a bias, otherwise strides as of
+        ``torch.empty_like(x)``.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _bias_act(x, bias, act, alpha)
+
+
+def bias_act_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    act: str = "identity",
+    alpha: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of `bias_act` in one pass.
+
+    At their kinks relu has slope 0 and leaky_relu ``alpha``, as in PyTorch.
+
+    Args:
+        grad_output: The gradient of the result; shape, dtype and device of ``x``.
+        x: As given to `bias_act`.
+        bias: As given to `bias_act`.
+        act: As given to `bias_act`.
+        alpha: As given to `bias_act`.
+
+    Returns:
+        ``grad_input``, shaped like ``x``, and ``grad_bias``, shaped like ``bias`` (shape ``[0]``
+        without a bias), both of the dtype of ``x``. The bias gradient is summed in float32 or wider
+        and does not depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _bias_act_backward(grad_output, x, bias, act, alpha)
+
+
+def blame_reduce(
+    activation: Tensor, error: Tensor, unit_dim: int = -1, gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Reduce an activation and its error signal to sums per unit, reading each of them once.
+
+    Dim 0 counts samples and ``unit_dim`` units; all other dims are positions, which are summed.
+
+    Args:
+        activation: ``a``, shape ``[N, U, *]`` or ``[N, *, U]``; float32, float64, bfloat16 or
+            float16. Channels-last and row-strided tensors are read where they are.
+        error: ``delta = dL/da``; shape, dtype and device of ``activation``.
+        unit_dim: 1 or the last dim; negative values count from the end.
+        gradient: Sum ``delta`` instead of ``a * delta``.
+
+    Returns:
+        ``contribution`` ``[N, U]``, the sum of ``a * delta`` over positions, and ``stats``
+        ``[3, U]``: over samples and positions, how many ``a`` are zero, the sum of ``a ** 2`` and
+        the sum of ``delta ** 2``. float64 for float64 inputs, float32 for all others; they do not
+        depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _blame_reduce(activation, error, unit_dim, gradient)
+
+
+def status() -> dict[str, str | bool]:
+    """Tell which kernels are in use, and why.
+
+    Returns:
+        ``extension`` (is it in use), ``reason`` (why not; empty if it is), ``isa`` (the instruction
+        set of the CPU kernels, or ``reference``), ``cuda`` (were CUDA kernels compiled),
+        ``built_with`` and ``torch`` (the torch versions of the build and of this process).
+    """
+    return {
+        "extension": HAS_EXT,
+        "reason": _why_not,
+        "isa": "reference" if _extension is None else _extension.isa,
+        "cuda": _extension is not None and bool(_extension.with_cuda),
+        "built_with": "" if _extension is None else _extension.built_with,
+        "torch": str(torch.__version__),
+    }

@@ -1,0 +1,162 @@
+"""The operators ``torch.ops.torchbp.*``: schemas, reference, shape and vmap rules.
+
+The compiled extension brings the schemas and its CPU and CUDA kernels. Without it the schemas are
+defined here, so that nobody else has to know which of the two is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+# cpp/module.cpp states the same ones.
+SCHEMAS = (
+    "bias_act(Tensor x, Tensor? bias, str act, float alpha) -> Tensor",
+    "bias_act_backward(Tensor grad_output, Tensor x, Tensor? bias, str act, float alpha)"
+    " -> (Tensor, Tensor)",
+    "blame_reduce(Tensor activation, Tensor error, int unit_dim, bool gradient)"
+    " -> (Tensor, Tensor)",
+)
+
+_libraries: list[torch.library.Library] = []  # an operator lives as long as its Library
+
+
+def load() -> tuple[ModuleType | None, str]:
+    """Register every operator.
+
+    Returns:
+        The compiled extension and "", or None and the reason why there is none.
+    """
+    extension, reason = _extension()
+    if extension is None:
+        definitions = torch.library.Library("torchbp", "DEF")
+        for schema in SCHEMAS:
+            definitions.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _libraries.append(definitions)
+    # For every backend without a kernel of its own.
+    fallback = torch.library.Library("torchbp", "IMPL")
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        fallback.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    _libraries.append(fallback)
+    for name, fake in (
+        ("bias_act", _fake_bias_act),
+        ("bias_act_backward", _fake_bias_act_backward),
+        ("blame_reduce", _fake_blame_reduce),
+    ):
+        torch.library.register_fake(f"torchbp::{name}", fake)
+    for name, rule in (
+        ("bias_act", _vmap_bias_act),
+        ("bias_act_backward", _vmap_bias_act_backward),
+        ("blame_reduce", _vmap_blame_reduce),
+    ):
+        torch.library.register_vmap(f"torchbp::{name}", rule)
+    return extension, reason
+
+
+def _extension() -> tuple[ModuleType | None, str]:
+    if os.environ.get("TORCHBP_REFERENCE") == "1":
+        return None, "TORCHBP_REFERENCE=1"
+    try:
+        from torchbp import _C
+    except ImportError as error:
+        return None, str(error)
+    return _C, ""
+
+
+def _fake_bias_act(x: Tensor, bias: Tensor | None, act: str, alpha: float) -> Tensor:
+    reference.check_bias_act(x, bias, act)
+    return reference.like_input(x, bias)
+
+
+def _fake_bias_act_backward(
+    grad_output: Tensor, x: Tensor, bias: Tensor | None, act: str, alpha: float
+) -> tuple[Tensor, Tensor]:
+    reference.check_bias_act(x, bias, act)
+    reference.check_same(grad_output, "grad_output", x, "x")
+    return reference.like_input(x, bias), x.new_empty(0 if bias is None else x.shape[-1])
+
+
+def _fake_blame_reduce(
+    activation: Tensor, error: Tensor, unit_dim: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    dim = reference.check_blame_reduce(activation, error, unit_dim)
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    samples, units = activation.shape[0], activation.shape[dim]
+    return (
+        activation.new_empty((samples, units), dtype=dtype),
+        activation.new_empty((3, units), dtype=dtype),
+    )
+
+
+def _batch_first(t: Tensor, dim: int | None, batch: int) -> Tensor:
+    return t.expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _batched_preactivation(
+    batch: int, x: Tensor, x_dim: int | None, bias: Tensor, bias_dim: int | None
+) -> Tensor:
+    """``x + bias``, batch first, where the bias may differ from one batch entry to the next."""
+    x, bias = _batch_first(x, x_dim, batch), _batch_first(bias, bias_dim, batch)
+    return x + bias.view(batch, *[1] * (x.dim() - 2), -1)
+
+
+def _vmap_bias_act(
+    info: Any,
+    in_dims: Sequence[int | None],
+    x: Tensor,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+) -> tuple[Tensor, int]:
+    op = torch.ops.torchbp.bias_act.default
+    if bias is not None and in_dims[1] is not None:
+        z = _batched_preactivation(info.batch_size, x, in_dims[0], bias, in_dims[1])
+        return op(z, None, act, alpha), 0
+    return op(_batch_first(x, in_dims[0], info.batch_size), bias, act, alpha), 0
+
+
+def _vmap_bias_act_backward(
+    info: Any,
+    in_dims: Sequence[int | None],
+    grad_output: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    op = torch.ops.torchbp.bias_act_backward.default
+    batch = info.batch_size
+    grad_output = _batch_first(grad_output, in_dims[0], batch)
+    if bias is None:
+        x = _batch_first(x, in_dims[1], batch)
+        return op(grad_output, x, None, act, alpha), (0, None)
+    z = _batched_preactivation(batch, x, in_dims[1], bias, in_dims[2])
+    grad_input, _ = op(grad_output, z, None, act, alpha)
+    grad_bias = reference.up(grad_input).sum_to_size(batch, *[1] * (z.dim() - 2), z.shape[-1])
+    return (grad_input, grad_bias.reshape(batch, -1).to(x.dtype)), (0, 0)
+
+
+def _vmap_blame_reduce(
+    info: Any,
+    in_dims: Sequence[int | None],
+    activation: Tensor,
+    error: Tensor,
+    unit_dim: int,
+    gradient: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    op = torch.ops.torchbp.blame_reduce.default
+    pairs = zip(
+        _batch_first(activation, in_dims[0], info.batch_size).unbind(0),
+        _batch_first(error, in_dims[1], info.batch_size).unbind(0),
+        strict=True,
+    )
+    contributions, stats = zip(*(op(a, d, unit_dim, gradient) for a, d in pairs), strict=True)
+    return (torch.stack(contributions), torch.stack(stats)), (0, 0)

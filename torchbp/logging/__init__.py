@@ -1,0 +1,5 @@
+"""Writing blame where people look at it."""
+
+from torchbp.logging.tensorboard import BlameLogger
+
+__all__ = ["BlameLogger"]

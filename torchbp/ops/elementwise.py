@@ -1,0 +1,140 @@
+"""What all elementwise operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchbp import kernels
+from torchbp.ops.base import Op
+
+_FUSED_DEVICES = (
+    frozenset({"cpu", "cuda"} if kernels.status()["cuda"] else {"cpu"})
+    if kernels.HAS_EXT
+    else frozenset()
+)
+_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+class Elementwise(Op):
+    """``y = f(x)``, element by element; everything follows from ``tangent``.
+
+    A subclass gives ``forward(x, *settings)`` and, in differentiable torch, ``tangent``. From these
+    come backward, jvp and the secant ``(f(x) - f(x₀)) / (x - x₀)``. Where the gap is so small that
+    the quotient would lose more digits than it shows, the derivative at the midpoint stands in:
+    its error is of third order in the gap, below the rounding of f.
+
+    Attributes:
+        fused: name of the activation in :mod:`torchbp.kernels`, if its kernel reads what ``keep``
+            keeps.
+    """
+
+    fused: ClassVar[str | None] = None
+
+    @staticmethod
+    def tangent(v: Tensor, kept: Tensor, *settings: Any) -> Tensor:
+        """``v f'(x)``, from what ``keep`` keeps."""
+        raise NotImplementedError
+
+    @staticmethod
+    def keep(x: Tensor, y: Tensor, *settings: Any) -> Tensor:
+        """The tensor ``tangent`` needs: the input, or the output where that is enough."""
+        return x
+
+    @staticmethod
+    def branch(x: Tensor, *settings: Any) -> Tensor | None:
+        """Which smooth piece of f each element is on; ``None`` if f is smooth throughout."""
+        return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Build the derivatives, then the op's ``call``."""
+        methods = {
+            "setup_context": _setup_context(cls.keep),
+            "backward": _backward(cls.tangent, cls.fused),
+            "jvp": _jvp(cls.tangent),
+            "secant": _secant(cls),
+        }
+        for name, method in methods.items():
+            setattr(cls, name, staticmethod(method))
+        super().__init_subclass__(**kwargs)
+
+
+def _setup_context(keep: Callable[..., Tensor]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *settings = inputs
+        kept = keep(x, output, *settings)
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+        ctx.settings = settings
+
+    return setup_context
+
+
+def _backward(tangent: Callable[..., Tensor], fused: str | None) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (kept,) = ctx.saved_tensors
+        settings = ctx.settings
+        if fused and not torch.is_grad_enabled() and can_fuse(kept, grad_output):
+            alpha = settings[0] if settings else 0.0
+            grad_input, _ = kernels.bias_act_backward(grad_output, kept, None, fused, alpha)
+        else:
+            # f has real coefficients, so conj(f'(x)) = f'(conj(x)).
+            grad_input = tangent_of(tangent, grad_output, kept.conj(), settings)
+        return (grad_input, *(None for _ in settings)) if settings else grad_input
+
+    return backward
+
+
+def _jvp(tangent: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+    def jvp(ctx: Any, tx: Tensor | None, *_: Any) -> Tensor | None:
+        (kept,) = ctx.saved_tensors
+        return None if tx is None else tangent_of(tangent, tx, kept, ctx.settings)
+
+    return jvp
+
+
+def _secant(op: type[Elementwise]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        (x, *settings), x0 = args, args0[0]
+        gap = x - x0
+        small = gap.abs() < 0.2 * torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
+        side = op.branch(x, *settings)
+        if side is not None:
+            small &= (side == op.branch(x0, *settings)) | (gap == 0)
+        middle = (x + x0) / 2
+        kept = op.keep(middle, op.forward(middle, *settings), *settings)
+        quotient = (output - output0) / gap.masked_fill(small, 1)
+        m = torch.where(small, op.tangent(multiplier, kept, *settings), multiplier * quotient)
+        return (m, *(None for _ in settings))
+
+    return secant
+
+
+def can_fuse(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels take these tensors (all of one dtype, on one device)."""
+    first = tensors[0]
+    return (
+        first.device.type in _FUSED_DEVICES
+        and all(t.dtype == first.dtype for t in tensors)
+        and first.dtype in _FUSED_DTYPES
+        and not torch.compiler.is_compiling()
+    )
+
+
+def tangent_of(
+    tangent: Callable[..., Tensor], v: Tensor, kept: Tensor, settings: Sequence[Any]
+) -> Tensor:
+    """``tangent`` in the precision torch computes it in: float32 for the short dtypes."""
+    if kept.dtype in (torch.bfloat16, torch.float16):
+        return tangent(v.float(), kept.float(), *settings).to(kept.dtype)
+    return tangent(v, kept, *settings)
+
+
+def in_place(input: Tensor, result: Tensor) -> Tensor:
+    """Write ``result`` into ``input``, as torch's in-place functions do, and return ``input``."""
+    return input.copy_(result)

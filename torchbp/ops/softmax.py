@@ -1,0 +1,213 @@
+"""Softmax and log-softmax, and the logarithmic means that make their secants exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchbp.ops.base import Op
+from torchbp.ops.registry import Maker, Sample, register, sample
+
+
+def log_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Logarithmic mean ``(a - b) / (ln a - ln b)`` of two positive numbers, ``a`` where ``a = b``.
+
+    Accurate for every gap ``d = ln a - ln b``: near ones go through ``sqrt(ab) sinh(d/2)/(d/2)``,
+    which has no cancellation, far ones through the definition. Zero when either number is zero.
+
+    Args:
+        log_a: logarithms of the first number, any shape and floating dtype; ``-inf`` is allowed.
+        log_b: logarithms of the second number, same shape.
+
+    Returns:
+        The means, same shape and dtype.
+    """
+    gap = log_a - log_b
+    far = gap.abs() > 2
+    half = torch.where(far | (gap == 0), 1.0, gap / 2)
+    ratio = torch.where(gap == 0, 1.0, half.sinh() / half)
+    near = ((log_a + log_b) / 2).exp() * ratio
+    mean = torch.where(far, (log_a.exp() - log_b.exp()) / gap, near)
+    # Two zeros have no gap (inf - inf); a masked entry weighs nothing.
+    return mean.masked_fill((log_a == -torch.inf) | (log_b == -torch.inf), 0.0)
+
+
+def sato_vartia(logits: Tensor, logits0: Tensor, dim: int) -> Tensor:
+    """The distribution ``q`` with ``<q, z - z0> = logsumexp(z) - logsumexp(z0)`` exactly.
+
+    ``q`` is the normalised logarithmic mean of the two softmaxes (Sato 1976, Vartia 1976): it does
+    not change when a constant is added to either run, and equals the softmax where both agree.
+
+    Args:
+        logits: ``z``, any shape, floating; ``-inf`` masks an entry.
+        logits0: ``z0``, the reference, same shape.
+        dim: dimension of the distribution.
+
+    Returns:
+        ``q``, same shape, at least float32; it sums to one along ``dim``.
+    """
+    mean = _mean_of_softmaxes(logits, logits0, dim)
+    return mean / mean.sum(dim, keepdim=True)
+
+
+def _mean_of_softmaxes(logits: Tensor, logits0: Tensor, dim: int) -> Tensor:
+    return log_mean(wide(logits).log_softmax(dim), wide(logits0).log_softmax(dim))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if its dtype is a half one: sums of many terms need the digits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+class Softmax(Op):
+    """``s_i = exp(z_i) / Σ_k exp(z_k)``.
+
+    Backward: ``∂z = s (g - <s, g>)``; the same map, which is symmetric, is the jvp.
+    Secant: ``Δs = L (Δz - <q, Δz>)`` with ``L`` the logarithmic means of the two outputs and
+    ``q = L / ΣL`` (Sato 1976, Vartia 1976), hence ``m_z = L (m - <q, m>)``.
+    """
+
+    autocast = {"cuda": "fp32"}
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.softmax(x, dim, dtype=dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, _ = inputs
+        ctx.in_dtype, ctx.out_dtype = x.dtype, output.dtype
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (s,) = ctx.saved_tensors
+        return _softmax_map(s, grad_output, ctx.dim).to(ctx.in_dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
+        (s,) = ctx.saved_tensors
+        return _softmax_map(s, tx, ctx.dim).to(ctx.out_dtype)
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        (x, dim, dtype), (x0, *_) = args, args0
+        mean = _mean_of_softmaxes(x.to(output.dtype), x0.to(output.dtype), dim)
+        m = wide(multiplier)
+        average = (mean * m).sum(dim, keepdim=True) / mean.sum(dim, keepdim=True)
+        return (mean * (m - average)).to(x.dtype), None, None
+
+
+def _softmax_map(s: Tensor, v: Tensor, dim: int) -> Tensor:
+    s, v = wide(s), wide(v)
+    return s * (v - (s * v).sum(dim, keepdim=True))
+
+
+class LogSoftmax(Op):
+    """``y_i = z_i - log Σ_k exp(z_k)``.
+
+    Backward: ``∂z = g - s Σg`` with ``s = exp(y)``; jvp: ``t - <s, t>``.
+    Secant: ``Δy = Δz - <q, Δz>`` with the Sato-Vartia distribution ``q`` for ``s``.
+    """
+
+    autocast = {"cuda": "fp32"}
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.log_softmax(x, dim, dtype=dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, _ = inputs
+        ctx.in_dtype, ctx.out_dtype = x.dtype, output.dtype
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        g = wide(grad_output)
+        return (g - wide(y).exp() * g.sum(ctx.dim, keepdim=True)).to(ctx.in_dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
+        (y,) = ctx.saved_tensors
+        t = wide(tx)
+        return (t - (wide(y).exp() * t).sum(ctx.dim, keepdim=True)).to(ctx.out_dtype)
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        (x, dim, dtype), (x0, *_) = args, args0
+        q = sato_vartia(x.to(output.dtype), x0.to(output.dtype), dim)
+        m = wide(multiplier)
+        return (m - q * m.sum(dim, keepdim=True)).to(x.dtype), None, None
+
+
+def _softmax_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(3, 4), 1)
+    yield sample(make(2, 3, 4), dim=-2)
+    yield sample(make(5), dim=0)
+    yield sample(make(3, 4), dim=-1, dtype=torch.float64)
+    yield sample(make(), dim=0)
+    yield sample(make(0, 4), dim=1)
+
+
+def _arguments(name: str, x: Tensor, dim: Any, level: Any, dtype: Any) -> tuple[Any, ...]:
+    if isinstance(level, torch.dtype):  # torch.softmax and Tensor.softmax give the dtype here
+        dtype = level
+    if dim is None:  # two frames further from the caller than torch's own function is
+        dim = F._get_softmax_dim(name, x.dim(), level + 1)
+    return x, dim, dtype
+
+
+@register(
+    F.softmax,
+    replaces=[torch.softmax, Tensor.softmax, torch.special.softmax],
+    modules=[nn.Softmax],
+    samples=_softmax_samples,
+)
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``exp(input) / Σ exp(input)`` along ``dim``, as :func:`torch.nn.functional.softmax`.
+
+    Args:
+        input: any shape.
+        dim: dimension that sums to one; ``None`` picks one as torch does, with its warning.
+        dtype: dtype to compute in and to return; ``None`` keeps that of ``input``.
+
+    Returns:
+        The probabilities, shape of ``input``.
+    """
+    return Softmax.call(*_arguments("softmax", input, dim, _stacklevel, dtype))
+
+
+@register(
+    F.log_softmax,
+    replaces=[torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax],
+    modules=[nn.LogSoftmax],
+    samples=_softmax_samples,
+)
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``input - log Σ exp(input)`` along ``dim``, as :func:`torch.nn.functional.log_softmax`.
+
+    Args:
+        input: any shape.
+        dim: dimension of the distribution; ``None`` picks one as torch does, with its warning.
+        dtype: dtype to compute in and to return; ``None`` keeps that of ``input``.
+
+    Returns:
+        The log-probabilities, shape of ``input``.
+    """
+    return LogSoftmax.call(*_arguments("log_softmax", input, dim, _stacklevel, dtype))
