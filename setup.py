@@ -4,7 +4,7 @@ The extension is optional: where it cannot be built, installing goes on without 
 
 Environment:
     TORCHBP_NO_EXT=1         do not build it
-    TORCHBP_CUDA=0|1|auto    leave out, demand, or (default) add the CUDA kernels where nvcc is found
+    TORCHBP_CUDA=0|1|auto    leave out, demand, or (default) add the CUDA kernels where possible
     TORCHBP_WERROR=1         warnings are errors, and a failed build fails the installation
 """
 
@@ -22,6 +22,7 @@ OLDEST_TORCH = "0x020d000000000000"  # 2.13
 OLDEST_PYTHON = "0x030A0000"  # 3.10
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 STRICT = os.environ.get("TORCHBP_WERROR") == "1"
+MUST_BUILD = STRICT or os.environ.get("TORCHBP_CUDA") == "1"
 
 
 def without(reason: object) -> dict:
@@ -30,22 +31,27 @@ def without(reason: object) -> dict:
     return {}
 
 
-def cuda_home(torch_cuda: str | None, home: str | None) -> str | None:
-    """The CUDA toolkit to compile with, or None; a GPU is not needed to compile."""
+def cuda_toolkit(torch_cuda: str | None, home: str | None) -> tuple[Path, Path] | None:
+    """The include and library folders of the CUDA toolkit, or None to compile without.
+
+    A GPU is not needed to compile. Where nvcc is a wrapper, ``home`` is the folder of the wrapper,
+    and the toolkit is the folder ``cuda`` in it.
+    """
     wanted = os.environ.get("TORCHBP_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"TORCHBP_CUDA: expected 0, 1 or auto, got {wanted!r}")
-    missing = (
-        "TORCHBP_CUDA=0"
-        if wanted == "0"
-        else "this torch has no CUDA"
-        if torch_cuda is None
-        else "no nvcc"
-        if home is None or shutil.which(f"{home}/bin/nvcc") is None
-        else None
-    )
-    if missing is None:
-        return home
+    if wanted == "0":
+        missing = "TORCHBP_CUDA=0"
+    elif torch_cuda is None:
+        missing = "this torch has no CUDA"
+    elif home is None or shutil.which(f"{home}/bin/nvcc") is None:
+        missing = "no nvcc"
+    else:
+        for top in (Path(home), Path(home, "cuda")):
+            for lib in (top / "lib64", top / "lib"):
+                if (lib / "libcudart_static.a").exists():
+                    return top / "include", lib
+        missing = f"no libcudart_static.a under {home}"
     if wanted == "1":
         raise SystemExit(f"TORCHBP_CUDA=1, but {missing}")
     print(f"torchbp: CUDA kernels left out ({missing}).")
@@ -64,28 +70,27 @@ def extension() -> dict:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
         return without(f"torch {torch.__version__} is older than 2.13")
 
-    home = cuda_home(torch.version.cuda, cpp_extension.CUDA_HOME)
+    toolkit = cuda_toolkit(torch.version.cuda, cpp_extension.CUDA_HOME)
     sources = [*ROOT.glob("cpp/*.cpp"), *ROOT.glob("cpp/cpu/*.cpp")]
     common = [
         "-O3",
         "-std=c++20",
-        "-g0",
         f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
         f"-DPy_LIMITED_API={OLDEST_PYTHON}",
         f"-DTORCHBP_BUILT_WITH={torch.__version__.split('+')[0]}",
     ]
     # None of these changes a result: they only promise that nobody reads errno or the FP flags.
-    host = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
+    host = ["-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
     host += ["-ffp-contract=fast", "-Wall", "-Wextra", *(["-Werror"] if STRICT else [])]
     device = ["--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     options: dict = {"libraries": [], "library_dirs": []}
     system = []
-    if home:
+    if toolkit:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += ROOT.glob("cpp/cuda/*.cu")
         common.append("-DTORCHBP_WITH_CUDA")
-        system.append(f"{home}/include")
-        options["library_dirs"] = [f"{home}/lib64"]
+        system.append(str(toolkit[0]))
+        options["library_dirs"] = [str(toolkit[1])]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
 
     # A CppExtension even with .cu files: it links neither libtorch_cuda nor libcudart.so, so that
@@ -111,7 +116,7 @@ def extension() -> dict:
             try:
                 super().run()
             except (Exception, SystemExit) as error:
-                if STRICT:
+                if MUST_BUILD:
                     raise
                 without(f"the build failed: {str(error).strip().splitlines()[-1:]}")
                 self.extensions = self.distribution.ext_modules = []

@@ -140,7 +140,8 @@ def test_to_pandas_keeps_values():
     pytest.importorskip("pandas")
     frame = Table(("a", "b"), [(1, "x"), (2, None)]).to_pandas()
     assert list(frame.columns) == ["a", "b"]
-    assert frame["a"].tolist() == [1, 2] and frame["b"].tolist() == ["x", None]
+    assert frame["a"].tolist() == [1, 2]
+    assert frame["b"][0] == "x" and frame["b"].isna().tolist() == [False, True]
 
 
 def test_to_pandas_names_the_extra(monkeypatch):

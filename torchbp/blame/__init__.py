@@ -2,6 +2,8 @@
 
 from torchbp.blame.attribute import attribute
 from torchbp.blame.frame import Frame, LayerFrame
+from torchbp.blame.report import Report
 from torchbp.blame.result import Blame
+from torchbp.blame.tracker import BlameTracker
 
-__all__ = ["Blame", "Frame", "LayerFrame", "attribute"]
+__all__ = ["Blame", "BlameTracker", "Frame", "LayerFrame", "Report", "attribute"]

@@ -21,12 +21,14 @@ NEUTRAL = (247, 247, 247)
 HELPER = (18, 98, 178)
 NAN = (255, 0, 255)
 
-PLOT_LEFT, PLOT_TOP, PLOT_WIDTH = 64, 50, 768
-_RIGHT, _BOTTOM = 24, 76
+# TensorBoard shows pictures in cards of about 350 pixels: the picture is narrow and the letters
+# large, so that they can still be read there.
+PLOT_LEFT, PLOT_TOP, PLOT_WIDTH = 52, 54, 512
+_RIGHT, _BOTTOM = 28, 100
 IMAGE_WIDTH = PLOT_LEFT + PLOT_WIDTH + _RIGHT
-_LEGEND_WIDTH, _LEGEND_HEIGHT = 256, 12
+_LEGEND_WIDTH, _LEGEND_HEIGHT = 216, 14
 _INK, _FAINT = (40, 40, 40), (110, 110, 110)
-_FONT_SIZE = 12
+_FONT_SIZE = 15
 
 # The outermost per cent of the cells is drawn saturated, so that one wild step, often the first
 # of a training, does not bleach all others.
@@ -127,7 +129,7 @@ def colours(values: Array, limit: float) -> Image:
 
 def row_height(rows: int) -> int:
     """Height of a row in pixels: room for its label, more where there are few rows."""
-    return int(np.clip(360 // max(rows, 1), 13, 24))
+    return int(np.clip(360 // max(rows, 1), 15, 24))
 
 
 def draw(history: History, title: str, max_units: int) -> Image:
@@ -158,7 +160,7 @@ def draw(history: History, title: str, max_units: int) -> Image:
     column_of_pixel = np.arange(PLOT_WIDTH) * cells.shape[1] // PLOT_WIDTH
     plot = colours(cells, limit)[:, column_of_pixel]
     pixels[PLOT_TOP:bottom, PLOT_LEFT : PLOT_LEFT + PLOT_WIDTH] = np.repeat(plot, row, axis=0)
-    legend_top = bottom + 38
+    legend_top = bottom + 36
     ramp = np.linspace(-1, 1, _LEGEND_WIDTH)
     ramp = np.sign(ramp) * ramp**2 * limit
     pixels[legend_top : legend_top + _LEGEND_HEIGHT, PLOT_LEFT : PLOT_LEFT + _LEGEND_WIDTH] = (
@@ -167,31 +169,20 @@ def draw(history: History, title: str, max_units: int) -> Image:
 
     picture = PillowImage.fromarray(pixels)
     pen = _Pen(picture)
-    kept = f"{len(shown)} of {history.units} units shown"
-    order = "largest |blame| first"
-    pen.write(PLOT_LEFT, 10, f"{title}: blame per sample", width=PLOT_WIDTH)
-    steps = f"steps {history.steps[0]} to {history.last_step}"
-    pen.write(PLOT_LEFT, 28, f"{steps}; {kept}, {order}", colour=_FAINT)
-    for place, unit in enumerate(shown):
-        middle = PLOT_TOP + row * place + row // 2
-        pen.write(PLOT_LEFT - 6, middle, str(unit), anchor="rm")
-    _write_steps(pen, history, bottom + 8)
-    for root in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        x = PLOT_LEFT + round((root + 1) / 2 * _LEGEND_WIDTH)
-        label = format(root * abs(root) * limit, "+.2g") if root else "0"
-        pen.write(x, legend_top + _LEGEND_HEIGHT + 5, label, anchor="mt")
+    width = IMAGE_WIDTH - PLOT_LEFT
+    pen.write(PLOT_LEFT, 8, f"{title}: blame per sample", width=width)
     pen.write(
-        PLOT_LEFT + _LEGEND_WIDTH + 40,
-        legend_top - 1,
-        "orange raises the loss (culprit), blue lowers it (helper), magenta: NaN;",
-    )
-    largest = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 0.0
-    pen.write(
-        PLOT_LEFT + _LEGEND_WIDTH + 40,
-        legend_top + 15,
-        f"full colour from ±{limit:.2g} on, largest cell ±{largest:.2g}",
+        PLOT_LEFT,
+        30,
+        f"steps {history.steps[0]} to {history.last_step}, {len(shown)} of {history.units} units "
+        "shown, largest |blame| on top",
         colour=_FAINT,
+        width=width,
     )
+    for place, unit in enumerate(shown):
+        pen.write(PLOT_LEFT - 6, PLOT_TOP + row * place + row // 2, str(unit), anchor="rm")
+    _write_steps(pen, history, bottom + 7)
+    _write_legend(pen, cells, limit, legend_top)
     return np.asarray(picture)
 
 
@@ -204,6 +195,18 @@ def _write_steps(pen: _Pen, history: History, top: int) -> None:
         x = PLOT_LEFT + PLOT_WIDTH * middle // columns
         pen.write(x, top, str(history.steps[middle]), anchor="mt")
     pen.write(PLOT_LEFT + PLOT_WIDTH, top, str(history.last_step), anchor="rt")
+
+
+def _write_legend(pen: _Pen, cells: Array, limit: float, top: int) -> None:
+    """Labels the ramp of colours and says what they mean."""
+    below = top + _LEGEND_HEIGHT + 6
+    for place, label in ((0.0, f"{-limit:.2g}"), (0.5, "0"), (1.0, f"+{limit:.2g}")):
+        pen.write(PLOT_LEFT + round(place * _LEGEND_WIDTH), below, label, anchor="mt")
+    largest = np.abs(cells[np.isfinite(cells)]).max(initial=0.0)
+    right = PLOT_LEFT + _LEGEND_WIDTH + 36
+    pen.write(right, top, "orange raises the loss, blue lowers it")
+    pen.write(right, below, "magenta: NaN; square-root scale", colour=_FAINT)
+    pen.write(right, 2 * below - top, f"largest cell ±{largest:.2g}", colour=_FAINT)
 
 
 class _Pen:

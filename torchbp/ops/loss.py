@@ -91,7 +91,7 @@ class CrossEntropy(Op):
         if tz is not None:
             p = wide(z).softmax(dim)
             rows.append((_residual(p, target, weight, ignore, smoothing) * tz).sum(dim))
-        if tt is not None or tw is not None:
+        if target.is_floating_point() and (tt is not None or tw is not None):
             error = -wide(z).log_softmax(dim)
             if tt is not None:
                 weighted = error if weight is None else error * _per_class(weight, z)
@@ -182,7 +182,8 @@ def _row_count(z: Tensor, target: Tensor, weight: Tensor | None, ignore: int) ->
     """What the mean divides by."""
     if target.is_floating_point():
         return math.prod(z.shape[:1] + z.shape[2:]) if z.dim() > 1 else 1
-    total = _rows(target, weight, ignore, wide(z).dtype)[2].sum()
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    total = _rows(target, weight, ignore, dtype)[2].sum()
     # Nothing kept: the loss is nan, yet torch's gradients are zero, not nan.
     return torch.where(total == 0, 1, total)
 

@@ -164,7 +164,7 @@ def _softmax_samples(make: Maker) -> Iterator[Sample]:
 def _arguments(name: str, x: Tensor, dim: Any, level: Any, dtype: Any) -> tuple[Any, ...]:
     if isinstance(level, torch.dtype):  # torch.softmax and Tensor.softmax give the dtype here
         dtype = level
-    if dim is None:  # two frames further from the caller than torch's own function is
+    if dim is None:  # one frame further from the caller than torch's own function is
         dim = F._get_softmax_dim(name, x.dim(), level + 1)
     return x, dim, dtype
 

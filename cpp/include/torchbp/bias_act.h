@@ -18,7 +18,7 @@ struct Logistic {
 };
 template <class A>
 TORCHBP_HD Logistic<A> logistic(A x) {
-  const A e = exponential(-magnitude(x)), r = A(1) / (A(1) + e);
+  const A e = decay(x), r = A(1) / (A(1) + e);
   return {x < A(0) ? e * r : r, e * r * r};
 }
 

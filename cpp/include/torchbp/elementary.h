@@ -8,10 +8,9 @@
 
 namespace torchbp {
 
-// exp(x + small), |small| << 1: lets a caller pass an argument that one float cannot hold exactly.
-// The remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
+// exp(x + small) for x in [-104, 89] and |small| << 1, which lets a caller pass an argument that one
+// float cannot hold exactly. The remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
 TORCHBP_HD float exp_of_sum(float x, float small) {
-  x = x < -104.f ? -104.f : x > 89.f ? 89.f : x;  // exactly 0 and infinity beyond; NaN stays
   const float shifted = x * 1.44269504f + 0x1.8p23f;  // the low mantissa bits hold round(x / log 2)
   const float n = shifted - 0x1.8p23f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f + small;  // log(2) in two parts
@@ -26,7 +25,10 @@ TORCHBP_HD float exp_of_sum(float x, float small) {
   const float scale1 = std::bit_cast<float>(uint32_t(k - half + 127) << 23);
   return (p * r * r + r + 1.f) * scale0 * scale1;
 }
-TORCHBP_HD float exponential(float x) { return exp_of_sum(x, 0.f); }
+// The bounds give exactly 0 and infinity; NaN stays.
+TORCHBP_HD float exponential(float x) {
+  return exp_of_sum(x < -104.f ? -104.f : x > 89.f ? 89.f : x, 0.f);
+}
 TORCHBP_HD double exponential(double x) { return ::exp(x); }
 
 TORCHBP_HD float magnitude(float x) {
@@ -35,6 +37,13 @@ TORCHBP_HD float magnitude(float x) {
 TORCHBP_HD double magnitude(double x) {
   return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & 0x7fffffffffffffffull);
 }
+
+// exp(-|x|)
+TORCHBP_HD float decay(float x) {
+  const float u = magnitude(x);
+  return exp_of_sum(u > 104.f ? -104.f : -u, 0.f);
+}
+TORCHBP_HD double decay(double x) { return ::exp(-magnitude(x)); }
 
 // An odd polynomial of error 4e-9 where the quotient of exponentials would cancel.
 TORCHBP_HD float hyperbolic_tangent(float x) {

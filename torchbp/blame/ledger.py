@@ -1,0 +1,220 @@
+"""Running sums of the tracker: over units, and over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp.blame.frame import Frame, LayerFrame
+
+#: Above this many classes a one-hot product costs more than scattered adds.
+_FEW_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each layer's units stand when all layers are laid side by side."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Cut the last dimension into layers."""
+        return dict(zip(self.names, tensor.split(self.sizes, -1), strict=True))
+
+
+@dataclass
+class UnitSums:
+    """Sums over samples for the units of all layers.
+
+    Attributes:
+        layout: where the layers stand.
+        rows: ``[6, U]``: blame, its absolute value and square; zero count and square of the
+            activation; square of the error signal.
+        per_class: ``[C, U]`` blame by true class, or ``None``.
+        elements: per layer, how many activations of one unit the sums saw (samples x positions).
+        samples: how many samples.
+        loss: sum of their losses.
+    """
+
+    layout: Layout
+    rows: Tensor
+    per_class: Tensor | None
+    elements: tuple[int, ...]
+    samples: int
+    loss: float
+
+    @staticmethod
+    def of(
+        layout: Layout,
+        blame: Tensor,
+        stats: Tensor,
+        elements: tuple[int, ...],
+        losses: Tensor,
+        labels: Tensor | None,
+        n_classes: int,
+    ) -> UnitSums:
+        """Reduce one step.
+
+        Args:
+            layout: where the layers stand.
+            blame: ``[N, U]``.
+            stats: ``[3, U]`` as :func:`torchbp.kernels.blame_reduce` gives them, unscaled.
+            elements: per layer, activations of one unit.
+            losses: ``[N]``.
+            labels: ``[N]`` true classes, or ``None``.
+            n_classes: how many there are.
+        """
+        rows = torch.cat([torch.stack([blame.sum(0), blame.abs().sum(0), (blame * blame).sum(0)]),
+                          stats])  # fmt: skip
+        per_class = None if labels is None else _by_class(blame, labels, n_classes)
+        return UnitSums(layout, rows, per_class, elements, len(losses), float(losses.sum()))
+
+    def add(self, other: UnitSums) -> None:
+        """Add another step of the same layout."""
+        # Sums run over a whole training, so they are kept in double precision where there is one.
+        self.rows = _wide(self.rows).add_(other.rows)
+        if self.per_class is not None and other.per_class is not None:
+            if len(other.per_class) > len(self.per_class):
+                grown = self.per_class.new_zeros(other.per_class.shape)
+                grown[: len(self.per_class)] = self.per_class
+                self.per_class = grown
+            self.per_class = _wide(self.per_class)
+            self.per_class[: len(other.per_class)] += other.per_class
+        self.elements = tuple(
+            a + b for a, b in zip(self.elements, other.elements, strict=True)
+        )
+        self.samples += other.samples
+        self.loss += other.loss
+
+    def layers(self) -> dict[str, LayerFrame]:
+        """The sums, layer by layer, as people read them."""
+        found = {}
+        by_class = {} if self.per_class is None else self.layout.split(self.per_class)
+        for (name, rows), count in zip(
+            self.layout.split(self.rows).items(), self.elements, strict=True
+        ):
+            blame, absolute, square, zero, activation, error = rows
+            found[name] = LayerFrame(
+                blame, absolute, square, zero / count, (activation / count).sqrt(),
+                (error / count).sqrt(), by_class.get(name),
+            )  # fmt: skip
+        return found
+
+    def frame(self, step: int, method: str, class_names: Sequence[str] | None) -> Frame:
+        """A frame of these sums."""
+        loss = self.loss / max(self.samples, 1)
+        return Frame(step, method, self.samples, loss, self.layers(), class_names)
+
+
+def merged(groups: Sequence[UnitSums]) -> UnitSums:
+    """Add up sums of different layouts (steps that missed a layer), layer by layer."""
+    if len(groups) == 1:
+        return groups[0]
+    rows: dict[str, Tensor] = {}
+    by_class: dict[str, Tensor] = {}
+    elements: dict[str, int] = {}
+    for group in groups:
+        classes = {} if group.per_class is None else group.layout.split(_wide(group.per_class))
+        for name, part in group.layout.split(_wide(group.rows)).items():
+            rows[name] = rows[name] + part if name in rows else part
+            if name in classes:
+                table = classes[name]
+                by_class[name] = by_class[name] + table if name in by_class else table
+        for name, count in zip(group.layout.names, group.elements, strict=True):
+            elements[name] = elements.get(name, 0) + count
+    layout = Layout(tuple(rows), tuple(part.shape[1] for part in rows.values()))
+    whole = len(by_class) == len(rows)
+    return UnitSums(
+        layout,
+        torch.cat([*rows.values()], 1),
+        torch.cat([by_class[name] for name in rows], 1) if whole else None,
+        tuple(elements[name] for name in rows),
+        sum(group.samples for group in groups),
+        sum(group.loss for group in groups),
+    )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
+def _by_class(blame: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    if n_classes <= _FEW_CLASSES:
+        classes = torch.arange(n_classes, device=labels.device)[:, None]
+        return (classes == labels).to(blame.dtype) @ blame
+    return blame.new_zeros(n_classes, blame.shape[1]).index_add_(0, labels.clamp(min=0), blame)
+
+
+class SampleLedger:
+    """What is known of every training sample: its loss over time, and the blame it caused."""
+
+    def __init__(self) -> None:
+        self.loss = torch.zeros(0, dtype=torch.float64)
+        self.seen = torch.zeros(0, dtype=torch.int64)
+        self.label = torch.zeros(0, dtype=torch.int64)
+        self.rival = torch.zeros(0, dtype=torch.int64)
+        self.blame: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        samples: Tensor,
+        losses: Tensor,
+        blame: dict[str, Tensor],
+        labels: Tensor | None,
+        predictions: Tensor | None,
+    ) -> None:
+        """Add one step.
+
+        Args:
+            samples: ``[N]`` ids, non-negative integers.
+            losses: ``[N]``.
+            blame: per layer ``[N]``, summed over its units.
+            labels: ``[N]`` true classes, or ``None``.
+            predictions: ``[N]`` predicted classes, or ``None``.
+        """
+        self._grow(int(samples.max()) + 1 if len(samples) else 0)
+        self.loss.index_add_(0, samples, losses.double().cpu())
+        self.seen.index_add_(0, samples, torch.ones_like(samples))
+        for name, value in blame.items():
+            if name not in self.blame:
+                self.blame[name] = torch.zeros_like(self.loss)
+            self.blame[name].index_add_(0, samples, value.double().cpu())
+        if labels is not None and predictions is not None:
+            labels, predictions = labels.cpu(), predictions.cpu()
+            self.label[samples] = labels
+            wrong = labels != predictions
+            self.rival[samples[wrong]] = predictions[wrong]
+
+    def _grow(self, size: int) -> None:
+        more = size - len(self.loss)
+        if more <= 0:
+            return
+        self.loss = torch.cat([self.loss, self.loss.new_zeros(more)])
+        self.seen = torch.cat([self.seen, self.seen.new_zeros(more)])
+        self.label = torch.cat([self.label, self.label.new_full((more,), -1)])
+        self.rival = torch.cat([self.rival, self.rival.new_full((more,), -1)])
+        self.blame = {n: torch.cat([b, b.new_zeros(more)]) for n, b in self.blame.items()}
+
+    def suspicion(self) -> Tensor:
+        """``[n]`` mean loss of every sample over the steps that saw it; NaN if none did."""
+        return self.loss / self.seen.where(self.seen > 0, torch.ones_like(self.seen)).where(
+            self.seen > 0, torch.tensor(float("nan"), dtype=torch.float64)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only."""
+        return {
+            "loss": self.loss, "seen": self.seen, "label": self.label, "rival": self.rival,
+            "blame": dict(self.blame),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.loss, self.seen = state["loss"].clone(), state["seen"].clone()
+        self.label, self.rival = state["label"].clone(), state["rival"].clone()
+        self.blame = {n: b.clone() for n, b in state["blame"].items()}

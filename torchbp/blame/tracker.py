@@ -1,0 +1,334 @@
+"""Blame live in the training backward: who is to blame, at every step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchbp.blame.capture import INPUT, first_tensor, leaves, named_layers, unknown
+from torchbp.blame.definitions import LossHead, link_blame, one_term_reason
+from torchbp.blame.error_scale import candidates, fit
+from torchbp.blame.frame import Frame
+from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, merged
+from torchbp.blame.methods import METHODS
+from torchbp.blame.report import Report
+from torchbp.blame.watch import Entry, Pending, Watch
+
+LIVE_METHODS = ("gradient", "taylor", "link")
+
+
+class BlameTracker:
+    """Keeps, from every training backward, each unit's part of the loss.
+
+    Use it as a context manager around the training loop and call :meth:`step` once after every
+    ``loss.backward()``, before ``optimizer.step()`` or ``zero_grad()``. Works on torch.nn,
+    converted and user modules alike, through hooks that are gone when the block ends. A mean
+    reduction, gradient accumulation and AMP scaling are undone; see
+    :mod:`torchbp.blame.error_scale`.
+
+    Args:
+        model: the model that is trained.
+        writer: a ``torch.utils.tensorboard.SummaryWriter`` of yours to write frames to, or
+            ``None``.
+        method: ``"gradient"``, ``"taylor"`` or ``"link"``.
+        every: track one step in this many.
+        layers: names or modules; ``None`` for the hidden units of each cut, as
+            :func:`torchbp.attribute` chooses them.
+        loss_fn: the loss, where it is not cross-entropy, squared error or binary cross-entropy
+            with default settings (those are recognised).
+        output_fn: takes what the model returns and gives the tensor the loss is computed from;
+            needed only where that is not the model's first floating tensor.
+        class_names: names of the classes, for tables.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: for an unknown method or layer, or ``every < 1``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        writer: Any = None,
+        method: str = "link",
+        every: int = 1,
+        layers: Sequence[str | nn.Module] | str | None = None,
+        loss_fn: Any = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if method not in LIVE_METHODS:
+            if method in METHODS:
+                raise ValueError(
+                    f"method: {method!r} needs more than the training backward; use "
+                    f"torchbp.attribute, or one of {', '.join(LIVE_METHODS)} here"
+                )
+            raise ValueError(unknown("method", str(method), LIVE_METHODS))
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+        self.model, self.method, self.every = model, method, every
+        self.class_names = class_names
+        self.steps = 0
+        self.frame: Frame | None = None
+        modules = leaves(model) if layers in (None, "all") else named_layers(model, layers or ())
+        modules.pop(INPUT, None)
+        if not modules:
+            raise ValueError("model: it has no module that could be tracked")
+        self._watch = Watch(
+            model, modules, layers is None, method == "gradient", output_fn or first_tensor
+        )
+        self._heads = None if loss_fn is None else [LossHead.of(loss_fn)]
+        self._sums: list[UnitSums] = []
+        self._samples: SampleLedger | None = None
+        self._reported: set[str] = set()
+        self._logger = _logger(writer)
+
+    def __enter__(self) -> BlameTracker:
+        if self._watch.active:
+            raise RuntimeError("BlameTracker: already entered")
+        self._watch.attach()
+        self._watch.live, self._watch.step = self.steps % self.every == 0, self.steps
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watch.detach()
+        if self._logger is not None:
+            self._logger.close()
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, targets: Tensor, samples: Any = None) -> Frame | None:
+        """Settle the blame of the backward pass that just ran.
+
+        Args:
+            loss: the scalar that ``backward()`` was called on.
+            targets: the targets it was computed with, as the loss takes them.
+            samples: ``[N]`` positions of the samples in the data set (non-negative integers), for
+                blame per sample; optional.
+
+        Returns:
+            The step's frame; ``None`` on steps that are not tracked or had no finite loss.
+
+        Raises:
+            RuntimeError: without a forward, or before ``backward``, or after two of them, or
+                outside the ``with`` block.
+            TypeError: if an argument is of the wrong type.
+            ValueError: if the loss does not require grad, or targets or samples do not fit.
+        """
+        if not self._watch.active:
+            raise RuntimeError("tracker.step: the tracker is not active; use `with BlameTracker`")
+        pending, live, now = self._watch.take(), self._watch.live, self.steps
+        self.steps += 1
+        self._watch.live, self._watch.step = self.steps % self.every == 0, self.steps
+        _check_loss(loss, pending)
+        if not live:
+            return None
+        _check_backward(pending)
+        output, error = pending.outputs[0]
+        samples = None if samples is None else _sample_ids(samples, len(output))
+        heads = self._heads or candidates(output, targets)
+        head, scale, losses = fit(heads, output, error, targets, loss.detach())
+        self._heads = [head]
+        if self.method == "link":
+            self._check_link(head, output, targets)
+        entries = pending.entries
+        if not scale == scale or not bool(torch.isfinite(losses.sum())):
+            self._report_nonfinite(entries, now, whole_step=True)
+            return None
+        return self._settle(entries, now, output, targets, head, scale, losses, samples)
+
+    def _check_link(self, head: LossHead, output: Tensor, targets: Tensor) -> None:
+        reason = one_term_reason(head, output, targets)
+        if reason is not None:
+            raise ValueError(
+                f"method 'link' needs one loss term per sample, but {reason}; use "
+                "BlameTracker(method='taylor')"
+            )
+
+    def _settle(
+        self,
+        entries: list[Entry],
+        now: int,
+        output: Tensor,
+        targets: Tensor,
+        head: LossHead,
+        scale: float,
+        losses: Tensor,
+        samples: Tensor | None,
+    ) -> Frame | None:
+        bad = self._report_nonfinite(entries, now)
+        entries = [e for e in entries if e.name not in bad]
+        if not entries:
+            return None
+        for e in entries:
+            if len(e.contribution) != len(losses):
+                raise ValueError(
+                    f"layer {e.name!r}: dimension 0 has size {len(e.contribution)}, but there are "
+                    f"{len(losses)} samples; it must run over samples"
+                )
+        layout = Layout(
+            tuple(e.name for e in entries), tuple(e.contribution.shape[1] for e in entries)
+        )
+        blame = torch.cat([e.contribution for e in entries], 1) / scale
+        if self.method == "link":
+            blame = link_blame(head, blame, losses.to(blame.dtype), targets)
+        stats = torch.cat([e.stats for e in entries], 1)
+        stats[2] /= scale * scale
+        classes = head.kind == "cross_entropy" and not targets.is_floating_point()
+        labels = targets if classes and targets.dim() == 1 else None
+        sums = UnitSums.of(
+            layout, blame, stats, tuple(e.elements for e in entries), losses, labels,
+            output.shape[1] if labels is not None else 0,
+        )  # fmt: skip
+        if samples is not None:
+            self._add_samples(samples, losses, layout.split(blame), labels, output)
+        self.frame = sums.frame(now, self.method, self.class_names)
+        self.frame.nonfinite = tuple(bad)
+        if self._logger is not None:
+            self._logger.log(self.frame)
+        self._accumulate(sums)
+        return self.frame
+
+    def _add_samples(
+        self, samples: Tensor, losses: Tensor, blame: dict[str, Tensor], labels: Any, output: Tensor
+    ) -> None:
+        self._samples = self._samples or SampleLedger()
+        totals = {name: value.sum(1) for name, value in blame.items()}
+        predictions = None if labels is None else output.argmax(1)
+        self._samples.add(samples, losses, totals, labels, predictions)
+
+    def _accumulate(self, sums: UnitSums) -> None:
+        for known in self._sums:
+            if known.layout == sums.layout and (known.per_class is None) == (
+                sums.per_class is None
+            ):
+                known.add(sums)
+                return
+        self._sums.append(sums)
+
+    def _report_nonfinite(
+        self, entries: list[Entry], now: int, whole_step: bool = False
+    ) -> list[str]:
+        if not whole_step and bool(torch.isfinite(sum(e.stats[1:].sum() for e in entries))):  # type: ignore[arg-type]
+            return []
+        bad = []
+        for e in entries:
+            what = [
+                text
+                for text, row in (("activation", 1), ("error signal", 2))
+                if not bool(torch.isfinite(e.stats[row]).all())
+            ]
+            if what or not bool(torch.isfinite(e.contribution).all()):
+                bad.append(e.name)
+                self._warn_once(
+                    e.name,
+                    f"layer {e.name!r}, step {now}: NaN or infinity in its "
+                    f"{' and '.join(what) or 'blame'}; the step is left out of its blame",
+                )
+        if whole_step:
+            self._warn_once(
+                "", f"step {now}: the loss is NaN or infinite; the step is left out of the blame"
+            )
+        return bad
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._reported:
+            self._reported.add(key)
+            warnings.warn(f"BlameTracker: {text}", RuntimeWarning, stacklevel=5)
+
+    # ---- afterwards ---------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Everything tracked so far, added up.
+
+        Raises:
+            RuntimeError: if no step was tracked yet.
+        """
+        if not self._sums:
+            raise RuntimeError("tracker.report: no step was tracked yet")
+        frame = merged(self._sums).frame(self.steps - 1, self.method, self.class_names)
+        return Report(frame, METHODS[self.method].question, self._samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume: sums, sample ledger and step, as tensors and plain values."""
+        return {
+            "steps": self.steps,
+            "method": self.method,
+            "sums": [vars(s) | {"layout": (s.layout.names, s.layout.sizes)} for s in self._sums],
+            "samples": None if self._samples is None else self._samples.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state_dict` left off.
+
+        Raises:
+            ValueError: if the state was made with another method.
+        """
+        if state["method"] != self.method:
+            raise ValueError(
+                f"state: it was made with method {state['method']!r}, this tracker has "
+                f"{self.method!r}"
+            )
+        self.steps = state["steps"]
+        self._sums = [
+            UnitSums(**{**s, "layout": Layout(*map(tuple, s["layout"]))}) for s in state["sums"]
+        ]
+        if state["samples"] is not None:
+            self._samples = SampleLedger()
+            self._samples.load_state_dict(state["samples"])
+
+
+def _check_loss(loss: Any, pending: Pending) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("loss: it does not require grad; pass the loss backward() was called "
+                         "on, not a detached copy")  # fmt: skip
+    if pending.forwards == 0:
+        raise RuntimeError("tracker.step: the model was not called since the last step")
+
+
+def _check_backward(pending: Pending) -> None:
+    if not pending.outputs:
+        raise RuntimeError(
+            "tracker.step: no error signal reached the model's output; call loss.backward() "
+            "first (and step once after each backward)"
+        )
+    if len(pending.outputs) > 1:
+        raise RuntimeError(
+            f"tracker.step: {len(pending.outputs)} backward passes since the last step; call "
+            "it once after each"
+        )
+
+
+def _sample_ids(samples: Any, n: int) -> Tensor:
+    ids = torch.as_tensor(samples).cpu()
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
+        raise ValueError(
+            f"samples: expected {n} integer ids, got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    ids = ids.long()
+    if n and int(ids.min()) < 0:
+        raise ValueError(f"samples: ids must not be negative, got {int(ids.min())}")
+    return ids
+
+
+def _logger(writer: Any) -> Any:
+    if writer is None:
+        return None
+    # Imported here: blame does not depend on logging, only this convenience does.
+    from torchbp.logging import BlameLogger
+
+    return BlameLogger(writer)

@@ -1,0 +1,222 @@
+"""The tracker's eyes: hooks that reduce each layer's error signal as backward brings it by."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchbp import kernels
+from torchbp.blame.capture import (
+    Capture,
+    call_names,
+    first_tensor,
+    hidden,
+    replace_first,
+    unit_calls,
+    unit_dim,
+    writes_in_place,
+)
+
+
+@dataclass
+class Entry:
+    """What one layer call left behind in backward.
+
+    Attributes:
+        order: position of the call in the forward pass.
+        name: the layer, with ``#2`` for a second call.
+        contribution: ``[N, U]`` activation x error signal (or the error signal), unscaled.
+        stats: ``[3, U]`` as :func:`torchbp.kernels.blame_reduce` gives them.
+        elements: activations per unit.
+    """
+
+    order: int
+    name: str
+    contribution: Tensor
+    stats: Tensor
+    elements: int
+
+
+@dataclass
+class Pending:
+    """What happened since the last step.
+
+    Attributes:
+        forwards: calls of the model with gradients on.
+        calls: layer calls among them.
+        entries: one per layer call whose backward ran.
+        outputs: model outputs and the error signals that reached them.
+    """
+
+    forwards: int = 0
+    calls: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Watch:
+    """Hooks on a model's layers and on its output.
+
+    Args:
+        model: the model.
+        modules: the layers, by name.
+        units_only: keep only the hidden units of each cut (see
+            :func:`torchbp.blame.capture.unit_calls`), found in the first forward.
+        gradient: reduce the error signal alone, not times the activation.
+        output_fn: gives the tensor the loss is computed from.
+
+    Attributes:
+        live: whether the next forward is watched; off, a hook returns at once.
+        step: number of the current step, for warnings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        units_only: bool,
+        gradient: bool,
+        output_fn: Callable[[Any], Any],
+    ) -> None:
+        self.live, self.step = False, 0
+        self._model, self._modules = model, modules
+        self._units_only, self._gradient, self._output_fn = units_only, gradient, output_fn
+        self._protect: set[str] = set(modules) if writes_in_place(model) else set()
+        self._dims: dict[tuple[str, int], int] = {}
+        self._selected: set[str] | None = None
+        self._probe: Capture | None = None
+        self._final: Any = None
+        self._pending = Pending()
+        self._handles: dict[str, Any] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        for name, module in self._modules.items():
+            if self._selected is None or name in {n.partition("#")[0] for n in self._selected}:
+                self._handles[name] = module.register_forward_hook(self._layer_hook(name))
+        # Last, so that it runs after the layers' own where the model is one of them.
+        self._output_handle = self._model.register_forward_hook(self._output_hook)
+        self._pending = Pending()
+
+    def detach(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._output_handle.remove()
+        self._handles.clear()
+        self._pending, self._probe = Pending(), None
+
+    def take(self) -> Pending:
+        """What happened since the last call, and start afresh."""
+        pending, self._pending = self._pending, Pending()
+        probe, self._probe = self._probe, None
+        if probe is not None and self._selected is None and pending.outputs:
+            self._select(probe)
+        self._final = None
+        pending.entries = self._named(pending.entries)
+        return pending
+
+    def _layer_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self.live or not torch.is_grad_enabled():
+                return None
+            value = first_tensor(output)
+            if value is None or not value.requires_grad:
+                return None
+            if self._selected is None:
+                self._probe = self._probe or Capture({})
+                self._probe.record(name, module, args, value, value)
+                dim = self._probe.calls[-1].unit_dim
+                self._dims[name, value.dim()] = dim
+            else:
+                known = self._dims.get((name, value.dim()))
+                dim = unit_dim(module, value, None) if known is None else known
+            return self._watch(name, output, value, dim)
+
+        return hook
+
+    def _watch(self, name: str, output: Any, value: Tensor, dim: int) -> Any:
+        order, version = self._pending.calls, value._version
+        self._pending.calls += 1
+        activation, pending = value.detach(), self._pending
+
+        def on_error(error: Tensor) -> None:
+            if pending is not self._pending:
+                return  # a backward that came after its step
+            if activation._version != version:
+                self._overwritten(name)
+                return
+            a, delta = activation, error.detach()
+            if a.dim() == 1:
+                a, delta = a[:, None], delta[:, None]
+            contribution, stats = kernels.blame_reduce(a, delta, dim, self._gradient)
+            elements = a.numel() // max(contribution.shape[1], 1)
+            pending.entries.append(Entry(order, name, contribution, stats, elements))
+
+        value.register_hook(on_error)
+        if name not in self._protect:
+            return None
+        passed = value.clone()
+        if self._probe is not None:  # the next module sees the copy
+            self._probe._position[id(passed)] = len(self._probe.calls) - 1
+            self._probe._passed.append(passed)
+        return replace_first(output, passed)
+
+    def _overwritten(self, name: str) -> None:
+        self._protect.add(name)
+        warnings.warn(
+            f"BlameTracker: the output of layer {name!r} was overwritten in place before its "
+            f"backward, so step {self.step} has no blame for it; from the next step on the "
+            "tracker keeps a copy",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _output_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._pending.forwards += 1
+        if not self.live:
+            return
+        value = self._output_fn(output)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return
+        z, pending = value.detach(), self._pending
+        value.register_hook(lambda error: pending.outputs.append((z, error.detach())))
+        if self._probe is not None:
+            self._final = self._probe.producer(value)
+
+    def _select(self, probe: Capture) -> None:
+        names = dict(zip(map(id, probe.calls), call_names(probe.calls), strict=True))
+        calls = probe.calls
+        if self._units_only:
+            calls = hidden(unit_calls(calls), self._final)
+        self._selected = {names[id(c)] for c in calls}
+        for name in {*self._handles} - {c.name for c in calls}:
+            self._handles.pop(name).remove()
+
+    def _named(self, entries: list[Entry]) -> list[Entry]:
+        """Entries in forward order, named by call, and only those that were selected.
+
+        Calls are counted among those that backward reached, so that a forward which was never
+        followed by a backward does not shift the names.
+        """
+        seen: dict[str, int] = {}
+        found = []
+        for entry in sorted(entries, key=lambda e: e.order):
+            name, count = entry.name, seen.get(entry.name, 0) + 1
+            seen[name] = count
+            entry.name = name if count == 1 else f"{name}#{count}"
+            if self._selected is None or entry.name in self._selected:
+                found.append(entry)
+        return found
