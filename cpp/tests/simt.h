@@ -40,9 +40,10 @@ inline void enter() {
 
 inline void run_block() {
   constexpr size_t stack_size = 64 << 10;
-  fibers = std::vector<Fiber>(block_size.x * block_size.y);
+  fibers.resize(block_size.x * block_size.y);  // stacks are kept from block to block
   for (Fiber& f : fibers) {
-    f.stack = std::make_unique<char[]>(stack_size);
+    if (!f.stack) f.stack.reset(new char[stack_size]);
+    f.done = f.waiting = false;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = stack_size;

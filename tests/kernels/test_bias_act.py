@@ -27,14 +27,24 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6, t
 acts = pytest.mark.parametrize("act", TORCH)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 with_bias = pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "plain"])
-shapes = pytest.mark.parametrize(
-    "shape",
-    [(0,), (1,), (31,), (5, 0), (0, 5), (7, 1), (1, 33), (130, 257), (3, 2, 31), (67, 1030), (300, 3)],
-    ids=str,
-)
+SHAPES = [
+    (0,),
+    (1,),
+    (31,),
+    (5, 0),
+    (0, 5),
+    (7, 1),
+    (1, 33),
+    (130, 257),
+    (3, 2, 31),
+    (67, 1030),
+    (300, 3),
+]
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     torch.manual_seed(sum(shape) + bias)
     x, g = 2 * torch.randn(shape), torch.randn(shape)
     return g.to(dtype), x.to(dtype), torch.randn(shape[-1]).to(dtype) if bias else None
@@ -53,21 +63,18 @@ def rounding_of_sum(terms: Tensor, dtype: torch.dtype) -> float:
 
 @acts
 @dtypes
-@shapes
 @with_bias
-def test_forward_and_backward_equal_reference(act, dtype, shape, with_bias):
-    g, x, b = make(shape, dtype, with_bias)
-    assert_close(
-        kernels.bias_act(x, b, act, SLOPE),
-        reference.bias_act(x, b, act, SLOPE),
-        TOLERANCE[dtype],
-    )
-    grad_x, grad_b = kernels.bias_act_backward(g, x, b, act, SLOPE)
-    expected_x, expected_b = reference.bias_act_backward(g, x, b, act, SLOPE)
-    assert_close(grad_x, expected_x, TOLERANCE[dtype])
-    torch.testing.assert_close(
-        grad_b, expected_b, rtol=TOLERANCE[dtype], atol=rounding_of_sum(expected_x.double(), dtype)
-    )
+def test_forward_and_backward_equal_reference(act, dtype, with_bias):
+    tolerance = TOLERANCE[dtype]
+    for shape in SHAPES:
+        g, x, b = make(shape, dtype, with_bias)
+        y = kernels.bias_act(x, b, act, SLOPE)
+        assert_close(y, reference.bias_act(x, b, act, SLOPE), tolerance)
+        grad_x, grad_b = kernels.bias_act_backward(g, x, b, act, SLOPE)
+        expected_x, expected_b = reference.bias_act_backward(g, x, b, act, SLOPE)
+        assert_close(grad_x, expected_x, tolerance)
+        atol = rounding_of_sum(expected_x.double(), dtype)
+        torch.testing.assert_close(grad_b, expected_b, rtol=tolerance, atol=atol)
 
 
 @acts
@@ -89,14 +96,18 @@ def test_equals_torch_and_autograd(act, with_bias, shape):
 @acts
 def test_float32_is_accurate_over_the_whole_range(act):
     x = torch.linspace(-110, 110, 200_001)
-    exact = TORCH[act](x.double())
-    if act == "gelu":  # torch's own has no digits left below -6
-        exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    z = x.double()
+    exact = TORCH[act](z)
+    if act == "gelu":  # torch's own forms of these two cancel in the left tail
+        exact = z * torch.special.erfc(-z / 2**0.5) / 2
+    if act == "gelu_tanh":
+        exact = z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))
     got = kernels.bias_act(x, None, act, SLOPE).double()
-    # The exponent of gelu_tanh is a rounded cubic, which costs digits in the far tail.
-    relative = 3e-5 if act == "gelu_tanh" else 5e-7
-    normal = exact.abs() > torch.finfo(torch.float32).tiny
-    normal &= x.double().abs() < (12 if act == "gelu_tanh" else 200)
+    # An exponent rounded to float32 costs digits where it is large: that of gelu_tanh is a cubic,
+    # and only the compiled gelu keeps its square exact.
+    rounded = act == "gelu_tanh" or (act == "gelu" and not kernels.HAS_EXT)
+    relative = 3e-5 if rounded else 5e-7
+    normal = exact.abs() > 1e3 * torch.finfo(torch.float32).tiny
     torch.testing.assert_close(got[normal], exact[normal], rtol=relative, atol=0)
     torch.testing.assert_close(got, exact, rtol=relative, atol=1e-7)
 
@@ -116,7 +127,10 @@ def test_special_values_follow_torch(act, dtype):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([nan, -nan, 0.0, -0.0, inf, -inf, 1e4, -1e4], dtype=dtype).repeat(9)
     got = kernels.bias_act(x, None, act, SLOPE)
-    torch.testing.assert_close(got, TORCH[act](x), equal_nan=True, rtol=1e-3, atol=1e-6)
+    # In float64: torch's vectorised float32 gelu(inf) is nan.
+    torch.testing.assert_close(
+        got, TORCH[act](x.double()).to(dtype), equal_nan=True, rtol=1e-3, atol=1e-6
+    )
     finite = x.isfinite() | x.isnan()
     leaf = x[finite].requires_grad_()
     (expected,) = torch.autograd.grad(TORCH[act](leaf), leaf, torch.ones_like(leaf))
@@ -156,7 +170,8 @@ def test_any_layout_of_input_and_gradient(layout, with_bias):
     for grad in (g, g[0, 0, 0, 0].expand(x.shape)):
         assert_close(kernels.bias_act(x, b, "silu"), F.silu(z), 1e-6)
         grad_x, grad_b = kernels.bias_act_backward(grad, x, b, "silu")
-        want_x, want_b = reference.bias_act_backward(grad.double(), x.double(), b if b is None else b.double(), "silu", 0)
+        wide = [None if t is None else t.double() for t in (grad, x, b)]
+        want_x, want_b = reference.bias_act_backward(*wide, "silu", 0)
         assert_close(grad_x, want_x.float(), 1e-6)
         assert_close(grad_b, want_b.float(), 1e-4)
     if b is None:

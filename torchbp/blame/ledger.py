@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class UnitSums:
     def add(self, other: UnitSums) -> None:
         """Add another step of the same layout."""
         # Sums run over a whole training, so they are kept in double precision where there is one.
-        self.rows = _wide(self.rows).add_(other.rows)
+        self.rows = _wide(self.rows) + other.rows
         if self.per_class is not None and other.per_class is not None:
             if len(other.per_class) > len(self.per_class):
                 grown = self.per_class.new_zeros(other.per_class.shape)
@@ -109,6 +109,15 @@ class UnitSums:
         """A frame of these sums."""
         loss = self.loss / max(self.samples, 1)
         return Frame(step, method, self.samples, loss, self.layers(), class_names)
+
+
+def add_up(groups: list[UnitSums], sums: UnitSums) -> None:
+    """Add one step's sums to the group of its layout; a new layout opens a group of its own."""
+    for known in groups:
+        if known.layout == sums.layout and (known.per_class is None) == (sums.per_class is None):
+            known.add(sums)
+            return
+    groups.append(replace(sums))
 
 
 def merged(groups: Sequence[UnitSums]) -> UnitSums:

@@ -14,7 +14,7 @@ from torchbp.blame.capture import INPUT, first_tensor, leaves, named_layers, unk
 from torchbp.blame.definitions import LossHead, link_blame, one_term_reason
 from torchbp.blame.error_scale import candidates, fit
 from torchbp.blame.frame import Frame
-from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, merged
+from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, add_up, merged
 from torchbp.blame.methods import METHODS
 from torchbp.blame.report import Report
 from torchbp.blame.watch import Entry, Pending, Watch
@@ -37,6 +37,8 @@ class BlameTracker:
             ``None``.
         method: ``"gradient"``, ``"taylor"`` or ``"link"``.
         every: track one step in this many.
+        log_every: write to ``writer`` once in this many steps, the tracked steps since the last
+            time added up; as often as ``every`` if ``None``.
         layers: names or modules; ``None`` for the hidden units of each cut, as
             :func:`torchbp.attribute` chooses them.
         loss_fn: the loss, where it is not cross-entropy, squared error or binary cross-entropy
@@ -56,6 +58,7 @@ class BlameTracker:
         writer: Any = None,
         method: str = "link",
         every: int = 1,
+        log_every: int | None = None,
         layers: Sequence[str | nn.Module] | str | None = None,
         loss_fn: Any = None,
         output_fn: Callable[[Any], Tensor] | None = None,
@@ -70,9 +73,11 @@ class BlameTracker:
                     f"torchbp.attribute, or one of {', '.join(LIVE_METHODS)} here"
                 )
             raise ValueError(unknown("method", str(method), LIVE_METHODS))
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
-        self.model, self.method, self.every = model, method, every
+        log_every = every if log_every is None else log_every
+        for argument, value in (("every", every), ("log_every", log_every)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{argument}: expected an integer >= 1, got {value!r}")
+        self.model, self.method, self.every, self.log_every = model, method, every, log_every
         self.class_names = class_names
         self.steps = 0
         self.frame: Frame | None = None
@@ -85,6 +90,8 @@ class BlameTracker:
         )
         self._heads = None if loss_fn is None else [LossHead.of(loss_fn)]
         self._sums: list[UnitSums] = []
+        self._window: list[UnitSums] = []  # since the last frame was written
+        self._bad: set[str] = set()
         self._samples: SampleLedger | None = None
         self._reported: set[str] = set()
         self._logger = _logger(writer)
@@ -104,6 +111,7 @@ class BlameTracker:
     ) -> None:
         self._watch.detach()
         if self._logger is not None:
+            self._log(self.steps - 1)
             self._logger.close()
 
     @torch.no_grad()
@@ -194,10 +202,21 @@ class BlameTracker:
             self._add_samples(samples, losses, layout.split(blame), labels, output)
         self.frame = sums.frame(now, self.method, self.class_names)
         self.frame.nonfinite = tuple(bad)
+        add_up(self._sums, sums)
         if self._logger is not None:
-            self._logger.log(self.frame)
-        self._accumulate(sums)
+            add_up(self._window, sums)
+            self._bad.update(bad)
+            if now % self.log_every < self.every:
+                self._log(now)
         return self.frame
+
+    def _log(self, now: int) -> None:
+        if not self._window:
+            return
+        frame = merged(self._window).frame(now, self.method, self.class_names)
+        frame.nonfinite = tuple(self._bad)
+        self._window, self._bad = [], set()
+        self._logger.log(frame)
 
     def _add_samples(
         self, samples: Tensor, losses: Tensor, blame: dict[str, Tensor], labels: Any, output: Tensor
@@ -206,15 +225,6 @@ class BlameTracker:
         totals = {name: value.sum(1) for name, value in blame.items()}
         predictions = None if labels is None else output.argmax(1)
         self._samples.add(samples, losses, totals, labels, predictions)
-
-    def _accumulate(self, sums: UnitSums) -> None:
-        for known in self._sums:
-            if known.layout == sums.layout and (known.per_class is None) == (
-                sums.per_class is None
-            ):
-                known.add(sums)
-                return
-        self._sums.append(sums)
 
     def _report_nonfinite(
         self, entries: list[Entry], now: int, whole_step: bool = False

@@ -18,8 +18,8 @@ from torchbp.tables import Table, markdown_text
 
 QUANTITIES = {
     "total": "signed blame per sample",
-    "culprits": "of units that raise the loss",
-    "helpers": "of units that lower the loss",
+    "culprits": "blame of units that raise the loss",
+    "helpers": "blame of units that lower the loss",
     "dead": "fraction of units that were always zero",
     "error_rms": "root mean square of the error signal",
 }

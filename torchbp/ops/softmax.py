@@ -98,7 +98,7 @@ class Softmax(Op):
     def secant(
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
-        (x, dim, dtype), (x0, *_) = args, args0
+        (x, dim, _), (x0, *_) = args, args0
         mean = _mean_of_softmaxes(x.to(output.dtype), x0.to(output.dtype), dim)
         m = wide(multiplier)
         average = (mean * m).sum(dim, keepdim=True) / mean.sum(dim, keepdim=True)
@@ -146,7 +146,7 @@ class LogSoftmax(Op):
     def secant(
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
-        (x, dim, dtype), (x0, *_) = args, args0
+        (x, dim, _), (x0, *_) = args, args0
         q = sato_vartia(x.to(output.dtype), x0.to(output.dtype), dim)
         m = wide(multiplier)
         return (m - q * m.sum(dim, keepdim=True)).to(x.dtype), None, None
@@ -164,8 +164,10 @@ def _softmax_samples(make: Maker) -> Iterator[Sample]:
 def _arguments(name: str, x: Tensor, dim: Any, level: Any, dtype: Any) -> tuple[Any, ...]:
     if isinstance(level, torch.dtype):  # torch.softmax and Tensor.softmax give the dtype here
         dtype = level
-    if dim is None:  # one frame further from the caller than torch's own function is
-        dim = F._get_softmax_dim(name, x.dim(), level + 1)
+    if dim is None and torch.compiler.is_compiling():  # the warning cannot be traced
+        dim = 0 if x.dim() in (0, 1, 3) else 1
+    elif dim is None:  # one frame further from the caller than torch's own function is
+        dim = F._get_softmax_dim(name, x.dim(), level + 1)  # type: ignore[attr-defined]
     return x, dim, dtype
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["ok", "FAIL", "n/a"]
+_STATUSES: tuple[Status, ...] = ("FAIL", "n/a", "ok")  # in the order of interest
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Cell:
 
     Attributes:
         status: ``"ok"``, ``"FAIL"`` or ``"n/a"``.
-        reason: why, unless ``"ok"``.
+        reason: why; for ``"ok"``, which samples were left out, if any, and why.
     """
 
     status: Status
@@ -88,27 +89,32 @@ class Report:
         ]
         for name, column, reason in self._reasons("FAIL"):
             lines += ["", f"FAIL {name}, {column}: {reason}"]
-        notes = [f"n/a {name}, {column}: {reason}" for name, column, reason in self._reasons("n/a")]
+        notes = [
+            f"{status} {name}, {column}: {reason}"
+            for status in _STATUSES[1:]
+            for name, column, reason in self._reasons(status)
+            if reason
+        ]
         return "\n".join([*lines, *([""] if notes else []), *notes])
 
     def markdown(self) -> str:
         """The table and the reasons in GitHub's Markdown."""
         header, *rows = self._table()
         lines = [_pipes(header), _pipes(["---"] * len(header)), *map(_pipes, rows)]
-        for status in ("FAIL", "n/a"):
+        for status in _STATUSES:
             notes = [
                 f"- {status} `{name}`, {column}: {_escape(reason)}"
                 for name, column, reason in self._reasons(status)
+                if reason
             ]
             lines += ["", *notes] if notes else []
         return "\n".join(lines) + "\n"
 
     def _repr_html_(self) -> str:
-        header, *rows = self._table()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *self.columns])
         body = "".join(
             f"<tr><th>{html.escape(row.name)}</th>"
-            + "".join(_html_cell(row.cells.get(column, Cell("n/a"))) for column in header[1:])
+            + "".join(_html_cell(row.cells.get(column, Cell("n/a"))) for column in self.columns)
             + "</tr>"
             for row in self.rows
         )

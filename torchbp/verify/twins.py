@@ -15,9 +15,10 @@ TOLERANCE = {torch.float32: 64 * 2.0**-23, torch.bfloat16: 8 * 2.0**-7}
 
 
 def float32(case: Case) -> None:
-    """In float32 the outputs are bitwise torch's, the gradients close."""
+    """In float32 the outputs are bitwise those of a twin in torch, the gradients close."""
     got, expected = _both(case.to(torch.float32))
-    close(Outcome(got.outputs, ()), Outcome(expected.outputs, ()), "float32", 0)
+    if not str(getattr(case.twin, "__module__", None)).startswith("torchbp"):
+        close(Outcome(got.outputs, ()), Outcome(expected.outputs, ()), "float32", 0)
     close(got, expected, "float32", TOLERANCE[torch.float32])
 
 

@@ -1,0 +1,116 @@
+"""The CUDA kernels' source, compiled for the CPU and run block by block, against the reference.
+
+This shows that indices, barriers and sums are right; it says nothing about a real GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchbp.kernels import reference
+
+CPP = Path(__file__).parents[2] / "cpp"
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order in simt.cpp
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+SLOPE = 0.2
+
+
+@pytest.fixture(scope="module")
+def simt(tmp_path_factory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("simt") / "simt.so"
+    command = [
+        str(COMPILER),
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += ["-fsanitize=undefined", "-fno-sanitize-recover"]
+    command += [f"-I{CPP}", f"-I{CPP / 'include'}", str(CPP / "tests" / "simt.cpp")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def integers(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(v) for v in values]
+
+
+def close(got: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@dtypes
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_bias_act(simt, dtype, act):
+    torch.manual_seed(0)
+    index = list(reference.ACTIVATIONS).index(act)
+    kind, slope = (ctypes.c_int(DTYPES.index(dtype)), ctypes.c_int(index)), ctypes.c_double(SLOPE)
+    rows, channels = 37, 43
+    x, g = torch.randn(2, rows, channels).to(dtype)
+    b = torch.randn(channels).to(dtype)
+    for bias in (b, None):
+        y = torch.full_like(x, float("nan"))
+        simt.simt_forward(
+            *kind, pointer(x), pointer(bias), pointer(y), *integers(x.numel(), channels), slope
+        )
+        close(y, reference.bias_act(x, bias, act, SLOPE))
+
+    grad = torch.full_like(x, float("nan"))
+    simt.simt_backward(
+        *kind, pointer(g), pointer(x), pointer(grad), ctypes.c_int64(x.numel()), slope
+    )
+    close(grad, reference.bias_act_backward(g, x, None, act, SLOPE)[0])
+
+    grad, grad_bias = torch.full_like(x, float("nan")), torch.full_like(b, float("nan"))
+    tensors = [pointer(t) for t in (g, x, b, grad, grad_bias)]
+    simt.simt_backward_bias(*kind, *tensors, *integers(rows, channels, 16), slope)
+    expected, expected_bias = reference.bias_act_backward(g, x, b, act, SLOPE)
+    close(grad, expected)
+    close(grad_bias, expected_bias, scale=10.0)
+
+
+# samples, positions, units; whether units or positions are contiguous
+@pytest.mark.parametrize("shape", [(19, 1, 34), (5, 11, 34), (9, 70, 3)], ids=str)
+@pytest.mark.parametrize("units_inner", [True, False], ids=["units", "positions"])
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "product"])
+@dtypes
+def test_blame_reduce(simt, shape, units_inner, gradient, dtype):
+    torch.manual_seed(0)
+    samples, positions, units = shape
+    a, delta = torch.randn(shape).relu().to(dtype), torch.randn(shape).to(dtype)
+    if not units_inner:
+        a, delta = (t.mT.contiguous().mT for t in (a, delta))
+    sums_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    contribution = torch.full((samples, units), float("nan"), dtype=sums_dtype)
+    stats = torch.full((3, units), float("nan"), dtype=sums_dtype)
+    strides = (ctypes.c_int64 * 6)(*a.stride(), *delta.stride())
+    simt.simt_blame_reduce(
+        ctypes.c_int(DTYPES.index(dtype)),
+        ctypes.c_bool(gradient),
+        ctypes.c_bool(units_inner),
+        *(pointer(t) for t in (a, delta, contribution, stats)),
+        strides,
+        *integers(samples, positions, units, 4),
+    )
+    expected = reference.blame_reduce(a, delta, -1, gradient)
+    close(contribution, expected[0], scale=10.0)
+    close(stats, expected[1], scale=10.0)

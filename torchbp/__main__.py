@@ -1,0 +1,7 @@
+"""``python -m torchbp``."""
+
+import sys
+
+from torchbp.cli import main
+
+sys.exit(main())

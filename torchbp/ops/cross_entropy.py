@@ -1,0 +1,272 @@
+"""Cross-entropy between logits and class indices or probabilities."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchbp.ops.base import Op, midpoint
+from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.softmax import sato_vartia, wide
+
+
+class CrossEntropy(Op):
+    """``l_n = -Σ_c T_nc log softmax(z_n)_c`` with the effective targets ``T``.
+
+    Class indices ``y``: ``T_nc = w_c ((1 - ε) [c = y_n] + ε / C)``, zero rows where ignored; the
+    mean divides by ``Σ w_{y_n}``. Probabilities ``t``: ``T = w ((1 - ε) t + ε / C)``; the mean
+    divides by the number of rows. ``ε`` is the label smoothing (Szegedy et al. 2016).
+
+    Backward: ``∂z = p ΣT - T`` with ``p = softmax(z)``; ``∂t = -(1 - ε) w log p``;
+    ``∂w = -Σ_n ((1 - ε) t + ε / C) log p``.
+    Secant: ``m_z = q ΣT - T`` with the Sato-Vartia distribution ``q`` in place of ``p``; where
+    targets or weights differ between the runs, the products ``w · t · log p`` are split by
+    midpoints, one pair after the other.
+    """
+
+    autocast = {"cpu": "fp32", "cuda": "fp32"}
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        smoothing: float,
+    ) -> Tensor:
+        return F.cross_entropy(
+            z,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, target, weight, *ctx.options = inputs
+        ctx.save_for_backward(z, target, weight)
+        ctx.save_for_forward(z, target, weight)
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        z, target, weight = ctx.saved_tensors
+        ignore, reduction, smoothing = ctx.options
+        scale = _row_scale(grad_output, z, target, weight, ignore, reduction)
+        needs_z, needs_target, needs_weight, *_ = ctx.needs_input_grad
+        grad_z = grad_target = grad_weight = None
+        if needs_z:
+            p = wide(z).softmax(_classes(z))
+            grad_z = (_residual(p, target, weight, ignore, smoothing) * scale).to(z.dtype)
+        if needs_target or needs_weight:
+            error = -wide(z).log_softmax(_classes(z)) * scale
+            if needs_target:
+                weighted = error if weight is None else error * _per_class(weight, z)
+                grad_target = (weighted * (1 - smoothing)).to(target.dtype)
+            if needs_weight:
+                smooth = _smooth(target, smoothing)
+                grad_weight = _sum_to_classes(error * smooth).to(weight.dtype)
+        return grad_z, grad_target, grad_weight, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tz: Tensor, tt: Tensor | None, tw: Tensor | None, *_: Any) -> Tensor:
+        z, target, weight = ctx.saved_tensors
+        ignore, reduction, smoothing = ctx.options
+        dim = _classes(z)
+        p = wide(z).softmax(dim)
+        row = (_residual(p, target, weight, ignore, smoothing) * tz).sum(dim)
+        if target.is_floating_point() and tt is not None:
+            change = tt * (1 - smoothing)
+            if weight is not None and tw is not None:
+                change = change * _per_class(weight, z)
+                change = change + _smooth(target, smoothing) * _per_class(tw, z)
+            row = row - (change * wide(z).log_softmax(dim)).sum(dim)
+        if reduction == "mean":
+            row = row.sum() / _row_count(z, target, weight, ignore)
+        return (row.sum() if reduction == "sum" else row).to(ctx.dtype)
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        z, target, weight, ignore, reduction, smoothing = args
+        z0, target0, weight0, *_ = args0
+        dim = _classes(z)
+        scale = _row_scale(multiplier, z, target, weight, ignore, reduction)
+        q = sato_vartia(z, z0, dim)
+        if not target.is_floating_point():
+            m_z = _residual(q, target, weight, ignore, smoothing) * scale
+            return m_z.to(z.dtype), None, None, None, None, None
+        smooth, smooth0 = _smooth(target, smoothing), _smooth(target0, smoothing)
+        error = midpoint(-wide(z).log_softmax(dim), -wide(z0).log_softmax(dim)) * scale
+        m_target, m_weight, effective = error * (1 - smoothing), None, midpoint(smooth, smooth0)
+        if weight is not None:
+            m_target = m_target * _per_class(midpoint(weight, weight0), z)
+            m_weight = _sum_to_classes(error * effective).to(weight.dtype)
+            effective = midpoint(smooth * _per_class(weight, z), smooth0 * _per_class(weight0, z))
+        m_z = (q * effective.sum(dim, keepdim=True) - effective) * scale
+        return m_z.to(z.dtype), m_target.to(target.dtype), m_weight, None, None, None
+
+
+def _classes(z: Tensor) -> int:
+    return 1 if z.dim() > 1 else 0
+
+
+def _per_class(weight: Tensor, z: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[0], *[1] * (z.dim() - _classes(z) - 1))
+
+
+def _sum_to_classes(values: Tensor) -> Tensor:
+    # A list of no dimensions would sum over all of them.
+    others = [d for d in range(values.dim()) if d != _classes(values)]
+    return values.sum(others) if others else values
+
+
+def _smooth(target: Tensor, smoothing: float) -> Tensor:
+    target = wide(target)
+    return target * (1 - smoothing) + smoothing / max(target.shape[_classes(target)], 1)
+
+
+def _rows(
+    target: Tensor, weight: Tensor | None, ignore: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of index targets: 1 if it is kept, a valid index, and the weight of its class."""
+    kept = (target != ignore).to(dtype)
+    index = torch.where(target == ignore, 0, target)
+    return kept, index, kept if weight is None else weight[index] * kept
+
+
+def _residual(
+    p: Tensor, target: Tensor, weight: Tensor | None, ignore: int, smoothing: float
+) -> Tensor:
+    """``p ΣT - T`` without forming ``T`` for index targets."""
+    dim = _classes(p)
+    if target.is_floating_point():
+        smooth = _smooth(target, smoothing)
+        effective = smooth if weight is None else smooth * _per_class(weight, p)
+        return p * effective.sum(dim, keepdim=True) - effective
+    kept, index, row_weight = _rows(target, weight, ignore, p.dtype)
+    hit = row_weight * (1 - smoothing)
+    total = hit
+    if smoothing:
+        share = smoothing / max(p.shape[dim], 1)
+        total = hit + kept * share * (p.shape[dim] if weight is None else weight.sum())
+    residual = p * total.unsqueeze(dim)
+    if smoothing:
+        spread = kept.unsqueeze(dim) * share
+        residual = residual - (spread if weight is None else spread * _per_class(weight, p))
+    return residual.scatter_add(dim, index.unsqueeze(dim), -hit.unsqueeze(dim))
+
+
+def _row_count(z: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor | int:
+    """What the mean divides by."""
+    if target.is_floating_point():
+        return math.prod(z.shape[:1] + z.shape[2:]) if z.dim() > 1 else 1
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    total = _rows(target, weight, ignore, dtype)[2].sum()
+    # Nothing kept: the loss is nan, yet torch's gradients are zero, not nan.
+    return torch.where(total == 0, 1, total)
+
+
+def _row_scale(
+    multiplier: Tensor,
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore: int,
+    reduction: str,
+) -> Tensor:
+    """The multiplier of every row loss, ready to broadcast against ``z``."""
+    multiplier = wide(multiplier)
+    if reduction == "none":
+        return multiplier.unsqueeze(_classes(z))
+    if reduction == "mean":
+        return multiplier / _row_count(z, target, weight, ignore)
+    return multiplier
+
+
+def _cross_entropy_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(4, 3), make.integers(3, 4))
+    yield sample(make(3), make.integers(3), label_smoothing=0.2)
+    ignoring = torch.tensor([[1, 0], [2, 1]], device=make.device)
+    weight = make.constant(3, positive=True)
+    for reduction in ("none", "sum", "mean"):
+        yield sample(
+            make(2, 3, 2),
+            ignoring,
+            weight,
+            ignore_index=1,
+            reduction=reduction,
+            label_smoothing=0.1,
+        )
+    yield sample(make(2, 3, 2), make(2, 3, 2), make(3), label_smoothing=0.1)
+    yield sample(make(2, 3), make(2, 3), reduction="none")
+    yield sample(make(3), make(3), make.constant(3, positive=True), reduction="sum")
+    yield sample(make(0, 3), make.integers(3, 0), reduction="sum")
+
+
+@register(F.cross_entropy, modules=[nn.CrossEntropyLoss], samples=_cross_entropy_samples)
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and targets, as :func:`torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: class indices, shape of ``input`` without ``C``, or probabilities, shape of
+            ``input``.
+        weight: ``(C,)``, a weight of each class; differentiable with probability targets.
+        size_average: superseded by ``reduction``.
+        ignore_index: rows with this class index do not count.
+        reduce: superseded by ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        A scalar, or the row losses for ``reduction="none"``.
+
+    Raises:
+        RuntimeError: if ``weight`` requires a gradient with index targets.
+    """
+    if not target.is_floating_point():
+        refuse_gradient("cross_entropy", "weight", weight)
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    return CrossEntropy.call(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """``reduction``, or what the older pair of flags meant; those come with a warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    if not torch.compiler.is_compiling():  # warnings cannot be traced
+        warnings.warn(
+            "size_average and reduce are superseded by reduction='none', 'mean' or 'sum'",
+            stacklevel=3,
+        )
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"
+
+
+def refuse_gradient(function: str, name: str, weight: Tensor | None) -> None:
+    """Refuse a weight that torch does not differentiate either."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: argument {name!r} must not require a gradient here; detach it"
+        )
