@@ -15,9 +15,15 @@ static constexpr int with_cuda = 0;
 #endif
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of torchbp.", -1, nullptr, nullptr, nullptr,
-      nullptr,               nullptr};
+  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                          "_C",
+                                          "Compiled kernels of torchbp.",
+                                          -1,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr || PyModule_AddStringConstant(module, "isa", torchbp::isa_name()) != 0 ||
       PyModule_AddIntConstant(module, "with_cuda", with_cuda) != 0 ||

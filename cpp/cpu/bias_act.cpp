@@ -1,3 +1,5 @@
+#include "torchbp/bias_act.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -5,7 +7,6 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "torchbp/bias_act.h"
 #include "torchbp/bias_act_check.h"
 #include "torchbp/tensor.h"
 
@@ -116,9 +117,9 @@ static std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_, con
     T* to = output<T>(grad_input);
     if (bias_) {
       const std::vector<T> bias = widen<T>(torch::stable::contiguous(*bias_));
-      backward_with_bias<T>({grad, from, bias.data(), to, x.numel(), int64_t(bias.size()),
-                             acc_t<T>(alpha)},
-                            act, bias_->size(0), output<T>(grad_bias));
+      backward_with_bias<T>(
+          {grad, from, bias.data(), to, x.numel(), int64_t(bias.size()), acc_t<T>(alpha)}, act,
+          bias_->size(0), output<T>(grad_bias));
       return;
     }
     const auto row = TORCHBP_PICK(loops<T>(act).backward_row);

@@ -1,10 +1,11 @@
+#include "torchbp/blame_reduce.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "torchbp/blame_reduce.h"
 #include "torchbp/blame_reduce_check.h"
 #include "torchbp/tensor.h"
 
@@ -28,13 +29,11 @@ using BlameTile = void (*)(const Blame<T>&, int64_t, int64_t, int64_t, int64_t, 
 namespace torchbp {
 
 template <class T>
-static void run(const BlameLayout& layout, bool gradient, acc_t<T>* contribution,
-                acc_t<T>* stats) {
-  const Blame<T> q{input<T>(layout.activation), input<T>(layout.error), contribution,
-                   layout.activation_strides,   layout.error_strides,   layout.positions,
-                   layout.units};
-  const auto tile =
-      TORCHBP_PICK(pick_tile<T>(gradient, layout.units_inner, layout.positions == 1));
+static void run(const BlameLayout& layout, bool gradient, acc_t<T>* contribution, acc_t<T>* stats) {
+  const Blame<T> q{
+      input<T>(layout.activation), input<T>(layout.error), contribution, layout.activation_strides,
+      layout.error_strides,        layout.positions,       layout.units};
+  const auto tile = TORCHBP_PICK(pick_tile<T>(gradient, layout.units_inner, layout.positions == 1));
   const Partition part(layout.samples, layout.units, layout.count());
   const int64_t size = stat_count * layout.units;
   std::vector<double> sums(part.blocks * size);

@@ -17,9 +17,9 @@ const char* isa_name();
 
 // The instance of a loop, `name` in the namespaces base, avx2 and avx512, that suits the processor.
 #if defined(TORCHBP_X86_LOOPS)
-#define TORCHBP_PICK(...)                                              \
-  (::torchbp::isa() == ::torchbp::Isa::avx512 ? avx512::__VA_ARGS__   \
-   : ::torchbp::isa() == ::torchbp::Isa::avx2 ? avx2::__VA_ARGS__     \
+#define TORCHBP_PICK(...)                                           \
+  (::torchbp::isa() == ::torchbp::Isa::avx512 ? avx512::__VA_ARGS__ \
+   : ::torchbp::isa() == ::torchbp::Isa::avx2 ? avx2::__VA_ARGS__   \
                                               : base::__VA_ARGS__)
 #else
 #define TORCHBP_PICK(...) (base::__VA_ARGS__)

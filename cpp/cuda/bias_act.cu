@@ -1,10 +1,9 @@
-#include "cuda/bias_act.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <type_traits>
 
+#include "cuda/bias_act.cuh"
 #include "cuda/launch.h"
 #include "torchbp/bias_act_check.h"
 

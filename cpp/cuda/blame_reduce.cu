@@ -1,9 +1,8 @@
-#include "cuda/blame_reduce.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "cuda/blame_reduce.cuh"
 #include "cuda/launch.h"
 #include "torchbp/blame_reduce_check.h"
 
@@ -16,21 +15,26 @@ static void launch(const BlameLayout& layout, bool gradient, const Tensor& contr
   const RowBlocks part(layout.samples, layout.count());
   const int64_t size = stat_count * layout.units;
   const Tensor sums = torch::stable::new_empty(stats, {part.blocks, size});
-  const BlameArguments<T> q{input<T>(layout.activation), input<T>(layout.error),
-                            output<A>(contribution),     output<A>(sums),
-                            layout.activation_strides,   layout.error_strides,
-                            layout.samples,              layout.positions,
-                            layout.units,                part.rows};
+  const BlameArguments<T> q{input<T>(layout.activation),
+                            input<T>(layout.error),
+                            output<A>(contribution),
+                            output<A>(sums),
+                            layout.activation_strides,
+                            layout.error_strides,
+                            layout.samples,
+                            layout.positions,
+                            layout.units,
+                            part.rows};
   const int64_t columns = layout.units_inner ? ceil_div(layout.units, lanes_x) : layout.units;
   const dim3 grid(unsigned(columns), unsigned(part.blocks)), block(lanes_x, lanes_y);
   const cudaStream_t stream = current_stream(stats);
   const auto kernel =
-      layout.units_inner ? (gradient ? units_inner_kernel<true, T> : units_inner_kernel<false, T>)
-                         : (gradient ? positions_inner_kernel<true, T>
-                                     : positions_inner_kernel<false, T>);
+      layout.units_inner
+          ? (gradient ? units_inner_kernel<true, T> : units_inner_kernel<false, T>)
+          : (gradient ? positions_inner_kernel<true, T> : positions_inner_kernel<false, T>);
   kernel<<<grid, block, 0, stream>>>(q);
-  join_kernel<A><<<flat_blocks(size), 256, 0, stream>>>(input<A>(sums), output<A>(stats),
-                                                        part.blocks, size);
+  join_kernel<A>
+      <<<flat_blocks(size), 256, 0, stream>>>(input<A>(sums), output<A>(stats), part.blocks, size);
   check_launch("blame_reduce");
 }
 

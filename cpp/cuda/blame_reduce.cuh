@@ -36,9 +36,8 @@ struct StatSums {
 
   template <bool gradient>
   __device__ A add(const BlameArguments<T>& q, int64_t n, int64_t p, int64_t u) {
-    const Terms<A> t =
-        terms<gradient>(up(q.activation[n * q.as.n + p * q.as.p + u * q.as.u]),
-                        up(q.error[n * q.ds.n + p * q.ds.p + u * q.ds.u]));
+    const Terms<A> t = terms<gradient>(up(q.activation[n * q.as.n + p * q.as.p + u * q.as.u]),
+                                       up(q.error[n * q.ds.n + p * q.ds.p + u * q.ds.u]));
     value[0] += t.zeros;
     value[1] += t.activation_square;
     value[2] += t.error_square;
@@ -46,8 +45,8 @@ struct StatSums {
   }
 };
 
-// Units in the column lanes. Without positions the row lanes take a sample each; otherwise they share
-// the positions of one sample.
+// Units in the column lanes. Without positions the row lanes take a sample each; otherwise they
+// share the positions of one sample.
 template <bool gradient, class T>
 __global__ void units_inner_kernel(BlameArguments<T> q) {
   using A = acc_t<T>;

@@ -9,8 +9,10 @@ namespace torchbp {
 template <class T, class F, int i = 0>
 static void with_act(int act, const F& f) {
   if constexpr (i < act_count) {
-    if (act == i) f(std::integral_constant<Act, Act(i)>{});
-    else with_act<T, F, i + 1>(act, f);
+    if (act == i)
+      f(std::integral_constant<Act, Act(i)>{});
+    else
+      with_act<T, F, i + 1>(act, f);
   }
 }
 template <class F>
@@ -20,7 +22,9 @@ static void with_scalar(int dtype, const F& f) {
   if (dtype == 2) f(bf16{});
   if (dtype == 3) f(f16{});
 }
-static unsigned blocks_of(int64_t count, int64_t size) { return unsigned((count + size - 1) / size); }
+static unsigned blocks_of(int64_t count, int64_t size) {
+  return unsigned((count + size - 1) / size);
+}
 
 }  // namespace torchbp
 
@@ -33,9 +37,9 @@ void simt_forward(int dtype, int act, const void* x, const void* bias, void* y, 
   with_scalar(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     with_act<T>(act, [&](auto a) {
-      simt::launch({3, 1}, {64, 1}, forward_kernel<decltype(a)::value, T>,
-                   static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), count,
-                   channels, acc_t<T>(alpha));
+      simt::launch({3, 1}, {64, 1}, forward_kernel<decltype(a)::value, T>, static_cast<const T*>(x),
+                   static_cast<const T*>(bias), static_cast<T*>(y), count, channels,
+                   acc_t<T>(alpha));
     });
   });
 }

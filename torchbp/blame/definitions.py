@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Question = Literal["removal", "allocation", "sensitivity"]
@@ -198,8 +197,8 @@ def log_odds_blame(taylor: Tensor, loss: Tensor, weight: Tensor | None = None) -
     ``-log1p(r * expm1(-d))`` without cancellation.
 
     Args:
-        taylor: ``[N, U]`` first-order blame ``t``, of the un-averaged loss.
-        loss: ``[N]`` per-sample losses ``l >= 0``.
+        taylor: ``[N, U]`` first-order blame ``t`` of the un-averaged loss; float32 or float64.
+        loss: ``[N]`` per-sample losses ``l >= 0``, of the same dtype.
         weight: ``[N]`` factor of each loss (class weights), or ``None``.
 
     Returns:
@@ -210,10 +209,26 @@ def log_odds_blame(taylor: Tensor, loss: Tensor, weight: Tensor | None = None) -
         return log_odds_blame(taylor / safe[:, None], loss / safe) * weight[:, None]
     loss = loss[:, None]
     r = -torch.expm1(-loss)
-    d = torch.where(r > 0, taylor / r, torch.zeros((), dtype=loss.dtype, device=loss.device))
-    near = -torch.log1p(r * torch.expm1(-d.clamp(min=-30)))
-    far = -torch.logaddexp(-loss, r.log() - d)  # expm1 would overflow
-    return torch.minimum(torch.where(d < -30, far, near), loss)
+    gain = taylor * torch.where(r > 0, -1 / r, 0.0)  # -d
+    if _is_tame(gain, loss):
+        # One buffer, four passes: this runs over every unit of every tracked step.
+        blame = gain.expm1_().mul_(r).log1p_().neg_()
+    else:
+        near = (gain <= 30) & (gain >= -4)
+        blame = -torch.where(
+            near,
+            torch.log1p(r * torch.expm1(gain.clamp(-4, 30))),
+            torch.logaddexp(-loss, r.log() + gain),
+        )
+    return torch.minimum(blame, loss, out=blame)
+
+
+def _is_tame(gain: Tensor, loss: Tensor) -> bool:
+    """Whether ``log1p(r expm1(gain))`` neither overflows nor cancels (to zero, where l is large)."""
+    if gain.numel() == 0:
+        return True
+    low, high = (float(v) for v in torch.aminmax(gain))
+    return high <= 80 and (low >= -4 or float(loss.amax()) <= 4)
 
 
 def squared_error_blame(taylor: Tensor, loss: Tensor) -> Tensor:
@@ -237,15 +252,6 @@ def link_blame(head: LossHead, taylor: Tensor, loss: Tensor, targets: Tensor) ->
     """The closed form of ``link`` for the loss at hand; see :func:`one_term_reason` first."""
     if head.kind == "mse":
         return squared_error_blame(taylor, loss)
+    if taylor.dtype in (torch.float16, torch.bfloat16):
+        taylor, loss = taylor.float(), loss.float()
     return log_odds_blame(taylor, loss, sample_weights(head, targets))
-
-
-def infer_head(output: Tensor, targets: Tensor) -> LossHead:
-    """The loss that fits the targets, for a tracker that was not told one.
-
-    Integer targets mean cross-entropy, floating ones of the output's shape mean squared error.
-    The tracker checks the guess against the error signal it observes.
-    """
-    if not targets.is_floating_point() or targets.shape != output.shape:
-        return LossHead.of(F.cross_entropy)
-    return LossHead.of(F.mse_loss)

@@ -69,9 +69,9 @@ class UnitSums:
             labels: ``[N]`` true classes, or ``None``.
             n_classes: how many there are.
         """
-        rows = torch.cat([torch.stack([blame.sum(0), blame.abs().sum(0), (blame * blame).sum(0)]),
-                          stats])  # fmt: skip
+        signed = [blame.sum(0), blame.abs().sum(0), (blame * blame).sum(0)]
         per_class = None if labels is None else _by_class(blame, labels, n_classes)
+        rows = torch.cat([torch.stack(signed), stats])
         return UnitSums(layout, rows, per_class, elements, len(losses), float(losses.sum()))
 
     def add(self, other: UnitSums) -> None:

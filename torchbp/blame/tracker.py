@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -80,7 +82,6 @@ class BlameTracker:
         self.model, self.method, self.every, self.log_every = model, method, every, log_every
         self.class_names = class_names
         self.steps = 0
-        self.frame: Frame | None = None
         modules = leaves(model) if layers in (None, "all") else named_layers(model, layers or ())
         modules.pop(INPUT, None)
         if not modules:
@@ -89,6 +90,7 @@ class BlameTracker:
             model, modules, layers is None, method == "gradient", output_fn or first_tensor
         )
         self._heads = None if loss_fn is None else [LossHead.of(loss_fn)]
+        self._last: tuple[UnitSums, int, tuple[str, ...]] | None = None
         self._sums: list[UnitSums] = []
         self._window: list[UnitSums] = []  # since the last frame was written
         self._bad: set[str] = set()
@@ -115,7 +117,7 @@ class BlameTracker:
             self._logger.close()
 
     @torch.no_grad()
-    def step(self, loss: Tensor, targets: Tensor, samples: Any = None) -> Frame | None:
+    def step(self, loss: Tensor, targets: Tensor, samples: Any = None) -> None:
         """Settle the blame of the backward pass that just ran.
 
         Args:
@@ -123,9 +125,6 @@ class BlameTracker:
             targets: the targets it was computed with, as the loss takes them.
             samples: ``[N]`` positions of the samples in the data set (non-negative integers), for
                 blame per sample; optional.
-
-        Returns:
-            The step's frame; ``None`` on steps that are not tracked or had no finite loss.
 
         Raises:
             RuntimeError: without a forward, or before ``backward``, or after two of them, or
@@ -140,7 +139,7 @@ class BlameTracker:
         self._watch.live, self._watch.step = self.steps % self.every == 0, self.steps
         _check_loss(loss, pending)
         if not live:
-            return None
+            return
         _check_backward(pending)
         output, error = pending.outputs[0]
         samples = None if samples is None else _sample_ids(samples, len(output))
@@ -150,10 +149,10 @@ class BlameTracker:
         if self.method == "link":
             self._check_link(head, output, targets)
         entries = pending.entries
-        if not scale == scale or not bool(torch.isfinite(losses.sum())):
+        if not math.isfinite(scale) or not bool(torch.isfinite(losses.sum())):
             self._report_nonfinite(entries, now, whole_step=True)
-            return None
-        return self._settle(entries, now, output, targets, head, scale, losses, samples)
+            return
+        self._settle(entries, now, output, targets, head, scale, losses, samples)
 
     def _check_link(self, head: LossHead, output: Tensor, targets: Tensor) -> None:
         reason = one_term_reason(head, output, targets)
@@ -173,11 +172,11 @@ class BlameTracker:
         scale: float,
         losses: Tensor,
         samples: Tensor | None,
-    ) -> Frame | None:
+    ) -> None:
         bad = self._report_nonfinite(entries, now)
         entries = [e for e in entries if e.name not in bad]
         if not entries:
-            return None
+            return
         for e in entries:
             if len(e.contribution) != len(losses):
                 raise ValueError(
@@ -187,7 +186,7 @@ class BlameTracker:
         layout = Layout(
             tuple(e.name for e in entries), tuple(e.contribution.shape[1] for e in entries)
         )
-        blame = torch.cat([e.contribution for e in entries], 1) / scale
+        blame = torch.cat([e.contribution for e in entries], 1).div_(scale)
         if self.method == "link":
             blame = link_blame(head, blame, losses.to(blame.dtype), targets)
         stats = torch.cat([e.stats for e in entries], 1)
@@ -200,15 +199,13 @@ class BlameTracker:
         )  # fmt: skip
         if samples is not None:
             self._add_samples(samples, losses, layout.split(blame), labels, output)
-        self.frame = sums.frame(now, self.method, self.class_names)
-        self.frame.nonfinite = tuple(bad)
+        self._last = sums, now, tuple(bad)
         add_up(self._sums, sums)
         if self._logger is not None:
             add_up(self._window, sums)
             self._bad.update(bad)
             if now % self.log_every < self.every:
                 self._log(now)
-        return self.frame
 
     def _log(self, now: int) -> None:
         if not self._window:
@@ -257,6 +254,14 @@ class BlameTracker:
             warnings.warn(f"BlameTracker: {text}", RuntimeWarning, stacklevel=5)
 
     # ---- afterwards ---------------------------------------------------------------------------
+
+    @property
+    def frame(self) -> Frame | None:
+        """The last tracked step's statistics; ``None`` before the first."""
+        if self._last is None:
+            return None
+        sums, step, bad = self._last
+        return replace(sums.frame(step, self.method, self.class_names), nonfinite=bad)
 
     def report(self) -> Report:
         """Everything tracked so far, added up.

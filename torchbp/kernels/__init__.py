@@ -1,8 +1,8 @@
 """The one door to the kernels: compiled where the extension is there, PyTorch otherwise.
 
-Every function calls an operator of ``torch.ops.torchbp``. An operator runs compiled code on the CPU,
-and on CUDA if the extension was built with it; any other device, or a torchbp without the extension,
-gets `torchbp.kernels.reference`. Nothing here is differentiable: derivatives belong to
+Every function calls an operator of ``torch.ops.torchbp``. An operator runs compiled code on the
+CPU, and on CUDA if the extension was built with it; any other device, or a torchbp without the
+extension, gets `torchbp.kernels.reference`. Nothing here is differentiable: derivatives belong to
 ``torchbp.ops``.
 
 Environment, read on import:

@@ -87,16 +87,16 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 
 def _check_alike(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
     if t.dtype != like.dtype:
-        raise RuntimeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {t.dtype}")
+        raise RuntimeError(
+            f"{name}: expected the dtype of {like_name}, {like.dtype}, got {t.dtype}"
+        )
     if t.device != like.device:
         raise RuntimeError(f"{name}: expected the device of {like_name}")
 
 
 def _check_dtype(t: Tensor, name: str) -> None:
     if t.dtype not in DTYPES:
-        raise RuntimeError(
-            f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}"
-        )
+        raise RuntimeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
 
 
 def check_bias_act(x: Tensor, bias: Tensor | None, act: str) -> None:
@@ -132,9 +132,7 @@ def check_blame_reduce(activation: Tensor, error: Tensor, unit_dim: int) -> int:
     _check_dtype(activation, "activation")
     dims = activation.dim()
     if dims < 2:
-        raise RuntimeError(
-            f"activation: expected samples and units, at least 2 dims, got {dims}"
-        )
+        raise RuntimeError(f"activation: expected samples and units, at least 2 dims, got {dims}")
     dim = unit_dim + dims if unit_dim < 0 else unit_dim
     if dim not in (1, dims - 1):
         raise RuntimeError(f"unit_dim: expected 1 or the last dim of {dims}, got {unit_dim}")

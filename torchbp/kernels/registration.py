@@ -6,6 +6,7 @@ defined here, so that nobody else has to know which of the two is there.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -65,10 +66,9 @@ def _extension() -> tuple[ModuleType | None, str]:
     if os.environ.get("TORCHBP_REFERENCE") == "1":
         return None, "TORCHBP_REFERENCE=1"
     try:
-        from torchbp import _C
+        return importlib.import_module("torchbp._C"), ""
     except ImportError as error:
         return None, str(error)
-    return _C, ""
 
 
 def _fake_bias_act(x: Tensor, bias: Tensor | None, act: str, alpha: float) -> Tensor:

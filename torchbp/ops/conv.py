@@ -123,7 +123,7 @@ def _grad_input(
     grad = F.conv_transpose2d(
         grad_output, weight, None, stride, pad, left_over, groups, dilation
     )
-    return grad[..., : shape[-2], : shape[-1]] if any(extra) else grad
+    return _crop(grad, shape[-2], shape[-1])
 
 
 def _grad_weight(
@@ -137,10 +137,10 @@ def _grad_weight(
 ) -> Tensor:
     if x.dim() == 3:
         x, grad_output = x.unsqueeze(0), grad_output.unsqueeze(0)
-    n, channels, height, width = x.shape
-    if n == 0:
-        return x.new_zeros(shape)
+    n, _, height, width = x.shape
     outputs, per_group, *kernel = shape
+    if n == 0:  # a sum of nothing, as a product so that it has a graph
+        return (grad_output.reshape(outputs, 0) @ x.reshape(0, shape[1:].numel())).reshape(shape)
     pad, extra = _symmetric(padding, (kernel[0], kernel[1]), dilation)
     if any(extra):
         x, height, width = F.pad(x, (0, extra[1], 0, extra[0])), height + extra[0], width + extra[1]
@@ -149,7 +149,13 @@ def _grad_weight(
     x = x.reshape(per_group, groups * n, height, width)
     grad = F.conv2d(x, grad_output.transpose(0, 1), None, dilation, pad, stride, groups)
     # Where the stride leaves rows of x over, the result has taps beyond the kernel.
-    return grad[:, :, : kernel[0], : kernel[1]].transpose(0, 1)
+    return _crop(grad, kernel[0], kernel[1]).transpose(0, 1)
+
+
+def _crop(tensor: Tensor, height: int, width: int) -> Tensor:
+    if tensor.shape[-2:] == (height, width):
+        return tensor
+    return tensor.narrow(-2, 0, height).narrow(-1, 0, width)
 
 
 def _sum_positions(tensor: Tensor) -> Tensor:

@@ -60,14 +60,14 @@ class CrossEntropy(Op):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         z, target, weight = ctx.saved_tensors
-        ignore, reduction, smoothing = ctx.options
-        scale = _row_scale(grad_output, z, target, weight, ignore, reduction)
+        _, reduction, smoothing = ctx.options
         needs_z, needs_target, needs_weight, *_ = ctx.needs_input_grad
         grad_z = grad_target = grad_weight = None
         if needs_z:
             p = wide(z).softmax(_classes(z))
-            grad_z = (_residual(p, target, weight, ignore, smoothing) * scale).to(z.dtype)
+            grad_z = _residual(p, grad_output, target, weight, *ctx.options).to(z.dtype)
         if needs_target or needs_weight:
+            scale = _row_scale(grad_output, reduction, _classes(z), _row_count(z))
             error = -wide(z).log_softmax(_classes(z)) * scale
             if needs_target:
                 weighted = error if weight is None else error * _per_class(weight, z)
@@ -83,7 +83,8 @@ class CrossEntropy(Op):
         ignore, reduction, smoothing = ctx.options
         dim = _classes(z)
         p = wide(z).softmax(dim)
-        row = (_residual(p, target, weight, ignore, smoothing) * tz).sum(dim)
+        one = p.new_ones(())
+        row = (_residual(p, one, target, weight, ignore, "sum", smoothing) * tz).sum(dim)
         if target.is_floating_point() and tt is not None:
             change = tt * (1 - smoothing)
             if weight is not None and tw is not None:
@@ -91,7 +92,9 @@ class CrossEntropy(Op):
                 change = change + _smooth(target, smoothing) * _per_class(tw, z)
             row = row - (change * wide(z).log_softmax(dim)).sum(dim)
         if reduction == "mean":
-            row = row.sum() / _row_count(z, target, weight, ignore)
+            index = not target.is_floating_point()
+            count = _weight_sum(_rows(target, weight, ignore, p.dtype)) if index else _row_count(z)
+            row = row.sum() / count
         return (row.sum() if reduction == "sum" else row).to(ctx.dtype)
 
     @staticmethod
@@ -101,11 +104,11 @@ class CrossEntropy(Op):
         z, target, weight, ignore, reduction, smoothing = args
         z0, target0, weight0, *_ = args0
         dim = _classes(z)
-        scale = _row_scale(multiplier, z, target, weight, ignore, reduction)
         q = sato_vartia(z, z0, dim)
         if not target.is_floating_point():
-            m_z = _residual(q, target, weight, ignore, smoothing) * scale
+            m_z = _residual(q, multiplier, target, weight, ignore, reduction, smoothing)
             return m_z.to(z.dtype), None, None, None, None, None
+        scale = _row_scale(multiplier, reduction, dim, _row_count(z))
         smooth, smooth0 = _smooth(target, smoothing), _smooth(target0, smoothing)
         error = midpoint(-wide(z).log_softmax(dim), -wide(z0).log_softmax(dim)) * scale
         m_target, m_weight, effective = error * (1 - smoothing), None, midpoint(smooth, smooth0)
@@ -140,58 +143,58 @@ def _rows(
     target: Tensor, weight: Tensor | None, ignore: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of index targets: 1 if it is kept, a valid index, and the weight of its class."""
-    kept = (target != ignore).to(dtype)
-    index = torch.where(target == ignore, 0, target)
+    ignored = target == ignore
+    kept, index = (~ignored).to(dtype), target.masked_fill(ignored, 0)
     return kept, index, kept if weight is None else weight[index] * kept
 
 
-def _residual(
-    p: Tensor, target: Tensor, weight: Tensor | None, ignore: int, smoothing: float
-) -> Tensor:
-    """``p ΣT - T`` without forming ``T`` for index targets."""
-    dim = _classes(p)
-    if target.is_floating_point():
-        smooth = _smooth(target, smoothing)
-        effective = smooth if weight is None else smooth * _per_class(weight, p)
-        return p * effective.sum(dim, keepdim=True) - effective
-    kept, index, row_weight = _rows(target, weight, ignore, p.dtype)
-    hit = row_weight * (1 - smoothing)
-    total = hit
-    if smoothing:
-        share = smoothing / max(p.shape[dim], 1)
-        total = hit + kept * share * (p.shape[dim] if weight is None else weight.sum())
-    residual = p * total.unsqueeze(dim)
-    if smoothing:
-        spread = kept.unsqueeze(dim) * share
-        residual = residual - (spread if weight is None else spread * _per_class(weight, p))
-    return residual.scatter_add(dim, index.unsqueeze(dim), -hit.unsqueeze(dim))
-
-
-def _row_count(z: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor | int:
-    """What the mean divides by."""
-    if target.is_floating_point():
-        return math.prod(z.shape[:1] + z.shape[2:]) if z.dim() > 1 else 1
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    total = _rows(target, weight, ignore, dtype)[2].sum()
+def _weight_sum(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    total = rows[2].sum()
     # Nothing kept: the loss is nan, yet torch's gradients are zero, not nan.
-    return torch.where(total == 0, 1, total)
+    return total.masked_fill(total == 0, 1)
 
 
-def _row_scale(
+def _row_count(z: Tensor) -> int:
+    return math.prod(z.shape[:1] + z.shape[2:]) if z.dim() > 1 else 1
+
+
+def _row_scale(multiplier: Tensor, reduction: str, dim: int, count: Tensor | int) -> Tensor:
+    """The multiplier of every row loss, ready to broadcast against the logits."""
+    multiplier = wide(multiplier)
+    if reduction == "none":
+        return multiplier.unsqueeze(dim)
+    return multiplier / count if reduction == "mean" else multiplier
+
+
+def _residual(
+    p: Tensor,
     multiplier: Tensor,
-    z: Tensor,
     target: Tensor,
     weight: Tensor | None,
     ignore: int,
     reduction: str,
+    smoothing: float,
 ) -> Tensor:
-    """The multiplier of every row loss, ready to broadcast against ``z``."""
-    multiplier = wide(multiplier)
-    if reduction == "none":
-        return multiplier.unsqueeze(_classes(z))
-    if reduction == "mean":
-        return multiplier / _row_count(z, target, weight, ignore)
-    return multiplier
+    """``p ΣT - T`` times the multipliers of the rows, without ``T`` for index targets."""
+    dim = _classes(p)
+    if target.is_floating_point():
+        smooth = _smooth(target, smoothing)
+        effective = smooth if weight is None else smooth * _per_class(weight, p)
+        scale = _row_scale(multiplier, reduction, dim, _row_count(p))
+        return (p * effective.sum(dim, keepdim=True) - effective) * scale
+    rows = _rows(target, weight, ignore, p.dtype)
+    count = _weight_sum(rows) if reduction == "mean" else 1
+    # The few numbers per row are scaled, not the many per class; and the one fresh buffer is
+    # written into, which is batched whenever an operand is.
+    scale = _row_scale(multiplier, reduction, dim, count)
+    kept, index, row_weight = (row.unsqueeze(dim) for row in rows)
+    hit = row_weight * scale
+    if not smoothing:
+        return (p * hit).scatter_add_(dim, index, -hit)
+    hit, share = hit * (1 - smoothing), kept * scale * (smoothing / max(p.shape[dim], 1))
+    spread = share if weight is None else share * _per_class(weight, p)
+    total = hit + share * (p.shape[dim] if weight is None else weight.sum())
+    return (p * total - spread).scatter_add_(dim, index, -hit)
 
 
 def _cross_entropy_samples(make: Maker) -> Iterator[Sample]:

@@ -179,7 +179,13 @@ def _name(subject: Any) -> str:
 @contextmanager
 def _state_kept() -> Iterator[None]:
     # Dynamo and vmap warn of things that are asked for on purpose here.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
+    # Thousands of calls on a few numbers each: a second thread would only be waited for.
+    with (
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        properties.threads_set_to(1),
+    ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         yield

@@ -171,7 +171,7 @@ def threads(case: Case) -> None:
     """The number of threads changes no bit, forward or backward."""
     expected = None
     for count in (1, 2, 3):
-        with _threads(count):
+        with threads_set_to(count):
             got = outcome(case)
         if expected is not None:
             close(got, expected, f"{count} threads against 1", 0)
@@ -179,7 +179,8 @@ def threads(case: Case) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_set_to(count: int) -> Iterator[None]:
+    """Use this many threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

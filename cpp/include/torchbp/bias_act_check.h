@@ -12,10 +12,11 @@ namespace torchbp {
 inline Act parse_act(const std::string& name) {
   for (int i = 0; i < act_count; ++i)
     if (name == act_names[i]) return static_cast<Act>(i);
-  STD_TORCH_CHECK(false,
-                  "act: expected identity, relu, leaky_relu, gelu, gelu_tanh, silu, tanh or sigmoid, "
-                  "got ",
-                  name);
+  STD_TORCH_CHECK(
+      false,
+      "act: expected identity, relu, leaky_relu, gelu, gelu_tanh, silu, tanh or sigmoid, "
+      "got ",
+      name);
 }
 
 inline void check_bias(const Tensor& x, const std::optional<Tensor>& bias) {

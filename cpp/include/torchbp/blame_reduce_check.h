@@ -21,8 +21,10 @@ inline std::optional<Strides> collapse(const Tensor& t, int64_t unit_dim) {
   int64_t positions = 1, step = 1;
   for (int64_t d = t.dim() - 1; d > 0; --d) {
     if (d == unit_dim || t.size(d) == 1) continue;
-    if (positions == 1) step = t.stride(d);
-    else if (t.stride(d) != step * positions) return std::nullopt;
+    if (positions == 1)
+      step = t.stride(d);
+    else if (t.stride(d) != step * positions)
+      return std::nullopt;
     positions *= t.size(d);
   }
   return Strides{t.stride(0), step, t.size(unit_dim) == 1 ? 1 : t.stride(unit_dim)};

@@ -8,8 +8,8 @@
 
 namespace torchbp {
 
-// exp(x + small) for x in [-104, 89] and |small| << 1, which lets a caller pass an argument that one
-// float cannot hold exactly. The remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
+// exp(x + small) for x in [-104, 89] and |small| << 1, which lets a caller pass an argument that
+// one float cannot hold exactly. The remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
 TORCHBP_HD float exp_of_sum(float x, float small) {
   const float shifted = x * 1.44269504f + 0x1.8p23f;  // the low mantissa bits hold round(x / log 2)
   const float n = shifted - 0x1.8p23f;
@@ -66,8 +66,8 @@ struct Normal {
 };
 
 // Phi(-u) = exp(-u^2 / 2) Q(u): the scaled tail Q is a polynomial in s = (3 - u) / (3 + u) times
-// 1 + s (error 5e-8), after Shepherd and Laframboise, 1981. The square u^2 is split so that the tail
-// keeps its relative accuracy.
+// 1 + s (error 5e-8), after Shepherd and Laframboise, 1981. The square u^2 is split so that the
+// tail keeps its relative accuracy.
 TORCHBP_HD Normal<float> normal(float z) {
   float u = magnitude(z);
   u = u > 14.4f ? 14.4f : u;  // Phi(-14.4) is 0 in float32

@@ -39,8 +39,8 @@ void with_scalar(ScalarType dtype, const char* argument, F&& f) {
 
 inline void check_alike(const Tensor& t, const char* name, const Tensor& like,
                         const char* like_name) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name,
-                  ", ", torch::headeronly::toString(like.scalar_type()), ", got ",
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ",
+                  like_name, ", ", torch::headeronly::toString(like.scalar_type()), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == like.device(), name, ": expected the device of ", like_name);
 }

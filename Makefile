@@ -1,0 +1,68 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+CPP    := $(shell find cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format verify bench docs clean
+
+help:
+	@echo "make demo       train on real data with blame on, and say who is to blame"
+	@echo "make test       the test-suite"
+	@echo "make test-slow  the long checks (compiled graphs in full, all seeds)"
+	@echo "make lint       ruff, mypy, clang-format, and the extension with warnings as errors"
+	@echo "make verify     every op against every property, as a table"
+	@echo "make bench      paired benchmarks"
+	@echo "make docs       write the generated tables under docs/"
+
+setup: $(READY)
+
+# torch comes first: the extension is built against the torch it will run with.
+$(READY): pyproject.toml setup.py requirements-dev.txt constraints.txt $(CPP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "torchbp needs Python 3.10 or newer; set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  torch setuptools wheel numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation --editable '.[experiments]'
+	@$(BIN)/torchbp doctor
+	@touch $@
+
+demo: setup
+	$(BIN)/python experiments/digits.py
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	TORCHBP_WERROR=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/lint --build-temp build/lint-temp
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+verify: setup
+	$(BIN)/torchbp verify
+
+bench: setup
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/tracker.py
+
+docs: setup
+	$(BIN)/torchbp verify --markdown docs/verification.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info torchbp/*.so

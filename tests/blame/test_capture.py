@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchbp.blame.capture import Capture, call_names, leaves, named_layers, unit_calls
+
+
+def calls_of(model: nn.Module, x: torch.Tensor) -> list:
+    with Capture(leaves(model)) as capture:
+        model(x)
+    return capture.calls
+
+
+def test_units_are_one_per_cut():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(3, 5), nn.Dropout(), nn.LayerNorm(5), nn.Linear(5, 2),
+    )  # fmt: skip
+    kept = unit_calls(calls_of(model, torch.randn(4, 1, 4, 4)))
+    assert [c.name for c in kept] == ["2", "5", "7", "8"]
+
+
+def test_channels_are_units_after_a_convolution_and_features_after_a_linear():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AvgPool2d(2))
+    assert [c.unit_dim for c in calls_of(model, torch.randn(4, 1, 6, 6))] == [1, 1, 1]
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU())
+    # Four dimensions, yet the features are last: the activation follows what produced its input.
+    assert [c.unit_dim for c in calls_of(model, torch.randn(4, 2, 2, 5))] == [-1, -1]
+
+
+def test_a_reused_module_has_a_name_per_call():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(3, 3), act, nn.Linear(3, 3), act)
+    assert call_names(calls_of(model, torch.randn(2, 3))) == ["0", "1", "2", "1#2"]
+
+
+def test_attention_is_one_layer():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    names = [*leaves(model)]
+    assert "self_attn" in names and "self_attn.out_proj" not in names and "linear1" in names
+
+
+def test_tuple_outputs_are_understood():
+    model = nn.LSTM(3, 4, batch_first=True)
+    (call,) = calls_of(model, torch.randn(2, 5, 3))
+    assert call.output.shape == (2, 5, 4) and call.unit_dim == -1
+
+
+def test_hooks_are_gone_after_an_error():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError), Capture(leaves(model)):
+        model(torch.randn(2, 3))
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_unknown_layers_are_refused_with_a_hint():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="did you mean 'encoder'"):
+        named_layers(model, ["encodr"])
+    with pytest.raises(ValueError, match="not a module of the model"):
+        named_layers(model, [nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="int"):
+        named_layers(model, [3])
+    assert [*named_layers(model, [model["decoder"]])] == ["decoder"]
