@@ -1,6 +1,6 @@
-"""Compiled kernels against eager PyTorch.
+"""Compiled kernels against eager PyTorch: ``python benchmarks/kernels.py --threads 2 --pairs 9``.
 
-Run ``python benchmarks/kernels.py [--threads 2] [--pairs 9]``. Prints a markdown table; a ratio above 1 means that the kernel is faster.
+Prints a markdown table; a ratio above 1 means that the kernel is faster.
 """
 
 from __future__ import annotations

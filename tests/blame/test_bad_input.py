@@ -192,8 +192,11 @@ def test_nan_is_reported_by_layer_and_step_and_training_goes_on():
             loss = F.cross_entropy(model(broken), y)
             loss.backward()
             if step == 2:
-                with pytest.warns(RuntimeWarning, match="layer '1', step 2: NaN or infinity in its"):
+                with pytest.warns(RuntimeWarning) as caught:
                     tracker.step(loss, targets=y)
+                texts = [str(w.message) for w in caught]
+                assert "layer '1', step 2: NaN or infinity in its activation" in texts[0]
+                assert "layer '3', step 2" in texts[1] and "step 2: the loss is NaN" in texts[2]
             else:
                 tracker.step(loss, targets=y)
     report = tracker.report()
@@ -203,16 +206,17 @@ def test_nan_is_reported_by_layer_and_step_and_training_goes_on():
 
 def test_an_infinite_error_signal_spares_the_other_layers():
     model, x, y = mlp()
+    factors = iter([1.0, 1e200])
+
+    def amplify(module, args, output):
+        factor = next(factors)
+        output.register_hook(lambda error: error * factor * factor)
+
+    model[1].register_forward_hook(amplify)  # before the tracker's hook, so that it sees the result
     with BlameTracker(model, method="taylor") as tracker:
         for step in range(2):
-            h = model[1](model[0](x))
-            if step == 1:
-                h.register_hook(lambda g: g * float("inf"))
-            # The tracker sees calls of the model, so run it whole, with the fault inside.
-            handle = model[1].register_forward_hook(lambda m, a, o, s=step: _explode(o, s))
             loss = F.cross_entropy(model(x), y)
             loss.backward()
-            handle.remove()
             if step == 1:
                 with pytest.warns(RuntimeWarning, match="layer '1', step 1: .*error signal"):
                     tracker.step(loss, targets=y)
@@ -221,12 +225,7 @@ def test_an_infinite_error_signal_spares_the_other_layers():
                 tracker.step(loss, targets=y)
     report = tracker.report()
     assert report.frame.samples == 2 * len(x)
-    assert [*report.layer_names()] == ["1", "3"]
-
-
-def _explode(output, step):
-    if step == 1:
-        output.register_hook(lambda g: g * 1e200 * 1e200)
+    assert sorted(report.layer_names()) == ["1", "3"]
 
 
 def test_an_exception_in_the_block_leaves_no_hook():

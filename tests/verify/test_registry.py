@@ -17,6 +17,10 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {}
 LEFT_OUT = {
     # Every sample without an empty tensor is emptied; the call may not allow it.
     "zero-size": ("torch's twin refuses it", "no leading dimension to empty"),
+    "strides": ("random numbers follow the layout",),
+    # Outside training dropout hands its input on.
+    "dropout secant": ("calls no torchbp op",),
+    "dropout tangent": ("calls no torchbp op",),
 }
 
 

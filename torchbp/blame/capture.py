@@ -37,6 +37,11 @@ _NO_UNITS = (
 )
 INPUT = "input"
 
+NO_LAYER = (
+    "model: none of its modules that ran has units (a layer with parameters, a norm or an "
+    "activation, with a floating output); there is no layer to blame"
+)
+
 
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is one of torch.nn's elementwise activations."""
@@ -161,11 +166,13 @@ class Capture:
         modules: by name.
         differentiable: make outputs require grad where nothing before them does (integer inputs).
         protect: hand a copy on to the next module, so that in-place operations spare the record.
+        watched: modules whose names stand in ``current`` while they are being called.
     """
 
     modules: dict[str, nn.Module]
     differentiable: bool = False
     protect: bool = False
+    watched: dict[str, nn.Module] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     current: list[str] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
@@ -173,11 +180,12 @@ class Capture:
     _passed: list[Tensor] = field(default_factory=list)
 
     def __enter__(self) -> Capture:
-        for name, module in self.modules.items():
-            if name == INPUT:
-                continue
+        for name, module in self.watched.items():
             self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-            self._handles.append(module.register_forward_hook(self._leave(name)))
+            self._handles.append(module.register_forward_hook(self._leave))
+        for name, module in self.modules.items():
+            if name != INPUT:
+                self._handles.append(module.register_forward_hook(self._record(name)))
         return self
 
     def __exit__(
@@ -197,9 +205,11 @@ class Capture:
 
         return hook
 
-    def _leave(self, name: str) -> Any:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.current.pop()
+
+    def _record(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            self.current.pop()
             value = first_tensor(output)
             return None if value is None else self.record(name, module, args, output, value)
 
@@ -212,15 +222,18 @@ class Capture:
 
     def record_input(self, model: nn.Module, leaf: Tensor, passed: Tensor) -> None:
         """Enter the model's input as the first cut; ``passed`` is what the model receives."""
-        self._position[id(passed)] = len(self.calls)
-        self._passed.append(passed)
         self.calls.append(Call(INPUT, model, leaf, unit_dim(model, leaf, None)))
+        self.passes(passed)
 
     def record(self, name: str, module: nn.Module, args: Any, output: Any, value: Tensor) -> Any:
         """Enter one call; returns what the module shall return instead, or ``None``."""
         replaced = None
         if self.differentiable and not value.requires_grad:
             value = value.detach().requires_grad_()
+            replaced = replace_first(output, value)
+        elif any(value is t for t in (*args, *self._passed)):
+            # A module that hands its input on (Identity, dropout in eval) is an edge of its own.
+            value = value.view_as(value)
             replaced = replace_first(output, value)
         source = self._position.get(id(args[0])) if args else None
         inherited = None
@@ -232,23 +245,33 @@ class Capture:
         if self.protect:
             passed = value.clone()
             replaced = replace_first(output, passed)
+        self.passes(passed)
+        return replaced
+
+    def passes(self, passed: Tensor) -> None:
+        """Note that ``passed`` is what the next module sees of the last call's output."""
         self._position[id(passed)] = len(self.calls) - 1
         self._passed.append(passed)  # keeps the identity taken while the pass lasts
-        return replaced
+
+
+def _shapes_units(module: nn.Module) -> bool:
+    return is_activation(module) or isinstance(module, _NORMS)
 
 
 def unit_calls(calls: Sequence[Call]) -> list[Call]:
     """The calls whose outputs are units: by default one per cut.
 
-    Pooling, flattening and dropout only pass units on. A layer whose output goes straight into a
+    Pooling, flattening, dropout and whatever else has no parameters only pass units on. A layer whose output goes straight into a
     norm or activation is represented by that: the neuron is what the rest of the network sees.
     """
     kept = []
     for call in calls:
         if call.name == INPUT or isinstance(call.module, _NO_UNITS):
             continue
+        if next(call.module.parameters(), None) is None and not _shapes_units(call.module):
+            continue
         followers = [c for c in calls if c.source is not None and calls[c.source] is call]
-        if any(is_activation(c.module) or isinstance(c.module, _NORMS) for c in followers):
+        if any(_shapes_units(c.module) for c in followers):
             continue
         kept.append(call)
     return kept

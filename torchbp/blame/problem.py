@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchbp.blame.capture import (
+    NO_LAYER,
     Call,
     Capture,
     call_names,
@@ -120,7 +121,9 @@ class Problem:
         inputs = tuple(leaf_copy(a) for a in given)
         named = {k: leaf_copy(v) for k, v in self.kwargs.items()}
         floating = [t for t in (*inputs, *named.values()) if _is_floating(t)]
-        capture = Capture(self.wanted, differentiable=True, protect=self.protect)
+        watched = {} if mode is None else dict(self.model.named_modules())
+        watched.pop("", None)
+        capture = Capture(self.wanted, True, self.protect, watched)
         with capture, _tape(mode, capture):
             fed = [t.clone() if self.protect and _is_floating(t) else t for t in inputs]
             keywords = {
@@ -141,10 +144,7 @@ class Problem:
         names = dict(zip(map(id, calls), call_names(calls), strict=True))
         chosen = hidden(unit_calls(calls), final) if self.layers is None else calls
         if not chosen:
-            raise ValueError(
-                "model: none of its modules returned a floating tensor with units; there is no "
-                "layer to blame"
-            )
+            raise ValueError(NO_LAYER)
         wanted = self.layers not in (None, "all")
         found = {names[id(c)]: c for c in chosen if not wanted or c.name in self.wanted}
         missing = [n for n in self.wanted if n not in found] if wanted else []

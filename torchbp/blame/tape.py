@@ -13,6 +13,7 @@ dependent Python in a forward runs as it is, and so do tensors of any layout.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+import torchbp.ops  # noqa: F401  fills the registry
 from torchbp.ops.base import Op
 from torchbp.ops.registry import BY_TORCH_FUNCTION, Entry
 
@@ -147,9 +149,12 @@ class SecantTape(TorchFunctionMode):
         self._inside = True
         try:
             with self:  # a mode is off in its own handler; the op must reach the tape
-                if func in entry.inplace:
-                    target, *rest = args
-                    return target.copy_(entry.functional(target.clone(), *rest, **kwargs))
+                given = inspect.signature(entry.functional).bind(*args, **kwargs).arguments
+                if func in entry.inplace or given.get("inplace"):
+                    # The op keeps its arguments: give it a copy, then write as was asked.
+                    target = given.pop(next(iter(given)))
+                    given.pop("inplace", None)
+                    return target.copy_(entry.functional(target.clone(), **given))
                 return entry.functional(*args, **kwargs)
         finally:
             self._inside = False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.capture import INPUT, first_tensor, leaves, named_layers, unknown
+from torchbp.blame.capture import INPUT, NO_LAYER, first_tensor, leaves, named_layers, unknown
 from torchbp.blame.definitions import LossHead, link_blame, one_term_reason
 from torchbp.blame.error_scale import candidates, fit
 from torchbp.blame.frame import Frame
@@ -316,6 +316,8 @@ def _check_loss(loss: Any, pending: Pending) -> None:
 
 
 def _check_backward(pending: Pending) -> None:
+    if pending.outputs and not pending.entries:
+        raise ValueError(NO_LAYER)
     if not pending.outputs:
         raise RuntimeError(
             "tracker.step: no error signal reached the model's output; call loss.backward() "

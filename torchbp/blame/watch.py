@@ -133,6 +133,9 @@ class Watch:
             value = first_tensor(output)
             if value is None or not value.requires_grad:
                 return None
+            handed_on = any(value is t for t in args)  # Identity is an edge of its own
+            if handed_on:
+                value = value.view_as(value)
             if self._selected is None:
                 self._probe = self._probe or Capture({})
                 self._probe.record(name, module, args, value, value)
@@ -141,11 +144,13 @@ class Watch:
             else:
                 known = self._dims.get((name, value.dim()))
                 dim = unit_dim(module, value, None) if known is None else known
-            return self._watch(name, output, value, dim)
+            passed = self._watch(name, value, dim)
+            return replace_first(output, passed) if handed_on or passed is not value else None
 
         return hook
 
-    def _watch(self, name: str, output: Any, value: Tensor, dim: int) -> Any:
+    def _watch(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Have the error signal of ``value`` reduced; returns what the next module shall see."""
         order, version = self._pending.calls, value._version
         self._pending.calls += 1
         activation, pending = value.detach(), self._pending
@@ -164,13 +169,10 @@ class Watch:
             pending.entries.append(Entry(order, name, contribution, stats, elements))
 
         value.register_hook(on_error)
-        if name not in self._protect:
-            return None
-        passed = value.clone()
-        if self._probe is not None:  # the next module sees the copy
-            self._probe._position[id(passed)] = len(self._probe.calls) - 1
-            self._probe._passed.append(passed)
-        return replace_first(output, passed)
+        passed = value.clone() if name in self._protect else value
+        if self._probe is not None and passed is not value:
+            self._probe.passes(passed)
+        return passed
 
     def _overwritten(self, name: str) -> None:
         self._protect.add(name)

@@ -1,0 +1,13 @@
+"""Every op with its backward, forward mode and secant written out. Importing fills the registry."""
+
+from torchbp.ops import (
+    activation,
+    bias_act,
+    conv,
+    dropout,
+    linear,
+    loss,
+    pool,
+    shape,
+    softmax,
+)
