@@ -118,7 +118,7 @@ def extension() -> dict:
             except (Exception, SystemExit) as error:
                 if MUST_BUILD:
                     raise
-                without(f"the build failed: {str(error).strip().splitlines()[-1:]}")
+                without(f"the build failed: {error}".strip().splitlines()[-1])
                 self.extensions = self.distribution.ext_modules = []
 
     return {
