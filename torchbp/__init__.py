@@ -1,9 +1,19 @@
 """Which layer, neuron, weight or sample is to blame for a network's loss, and by how much."""
 
+from torchbp import functional, nn, verify
 from torchbp.blame import Blame, BlameTracker, attribute
+from torchbp.convert import conversion_report, convert, revert
 
-try:
-    from torchbp import functional, nn
-    from torchbp.convert import conversion_report, convert, revert
-except ImportError:
-    convert = None
+__version__ = "0.1.0"
+
+__all__ = [
+    "Blame",
+    "BlameTracker",
+    "attribute",
+    "conversion_report",
+    "convert",
+    "functional",
+    "nn",
+    "revert",
+    "verify",
+]

@@ -7,6 +7,7 @@ from torchbp.ops import (
     dropout,
     linear,
     loss,
+    norm,
     pool,
     shape,
     softmax,
