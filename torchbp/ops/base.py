@@ -24,7 +24,8 @@ class Op(torch.autograd.Function):
     * ``jvp(ctx, *tangents)``: forward mode;
     * ``secant(multiplier, args, args0, output, output0)``: multipliers ``m`` with
       ``sum <m_arg, arg - arg0> = <multiplier, output - output0>`` exactly, one per argument
-      (``None`` for constants).
+      (``None`` for constants). Where forward returns several tensors, all but the first are
+      marked non-differentiable, and ``multiplier`` is the first one's.
 
     Attributes:
         autocast: per device type, the list of PyTorch's autocast this op is on: ``"low"`` (runs in
@@ -43,7 +44,7 @@ class Op(torch.autograd.Function):
 
     @staticmethod
     def secant(
-        multiplier: Any, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
         """Multipliers of every argument; see the class. Each op writes its own."""
         raise NotImplementedError

@@ -222,6 +222,9 @@ class BatchNorm(Op):
         # Batch statistics alone are asked for in training: the running ones are updated outside,
         # for an op has no side effects.
         rm, rv = (None, None) if training else (running_mean, running_var)
+        if x.numel() == 0:  # torch's primitive refuses what its function accepts
+            statistics = x.new_zeros(2, x.shape[1], dtype=_wide(x).dtype)
+            return torch.empty_like(x), *statistics.unbind()
         output, mean, rstd = torch.native_batch_norm(x, weight, bias, rm, rv, training, 0.0, eps)
         return output, mean, rstd
 
@@ -372,7 +375,7 @@ def batch_norm(
     output, mean, rstd = BatchNorm.call(
         input, weight, bias, running_mean, running_var, training, eps
     )
-    if training and running_mean is not None and running_var is not None:
+    if training and running_mean is not None and running_var is not None and input.numel():
         _update(input, mean, rstd, running_mean, running_var, momentum, eps)
     return output
 

@@ -130,11 +130,11 @@ def _pairs(case: Case, other: Case) -> list[tuple[OpCall, OpCall]]:
 
 
 def _errors(output: Any) -> Any:
-    """A random multiplier for every floating output, ``None`` for the others."""
+    """A random multiplier for every differentiable output, ``None`` for the others."""
     leaves, spec = pytree.tree_flatten(output)
     return pytree.tree_unflatten(
         [
-            cotangent(o, i) if isinstance(o, Tensor) and o.is_floating_point() else None
+            cotangent(o, i) if isinstance(o, Tensor) and o.requires_grad else None
             for i, o in enumerate(leaves)
         ],
         spec,
@@ -142,8 +142,10 @@ def _errors(output: Any) -> Any:
 
 
 def _secant(call: OpCall, call0: OpCall, errors: Any) -> tuple[Tensor | None, ...]:
+    # Ops with several outputs differentiate the first alone; its multiplier is what they get.
+    first = errors[0] if isinstance(errors, tuple) else errors
     with torch.no_grad():
-        return call.op.secant(errors, call.args, call0.args, call.output, call0.output)
+        return call.op.secant(first, call.args, call0.args, call.output, call0.output)
 
 
 def reference_of(case: Case) -> Case:
