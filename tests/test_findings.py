@@ -36,7 +36,7 @@ def test_dead_units_are_counted_per_layer():
     assert [(f.severity, f.layer, f.unit, f.rule) for f in found] == [
         ("warning", "fc", None, "dead")
     ]
-    assert found[0].text == "fc: 2 of 4 units (50 %) were zero for all 32 samples."
+    assert found[0].text == "layer fc: 2 of 4 units (50 %) were zero for all 32 samples."
 
 
 def test_a_single_dead_unit_is_named_and_changes_are_told():
@@ -61,7 +61,7 @@ def test_concentrated_blame(large, share):
     blame = torch.ones(64)
     blame[[5, 6]], blame[[40, 41]] = large / 4, -large / 4
     texts = [f.text for f in findings(frame(fc=layer(blame))) if f.rule == "concentrated"]
-    expected = f"fc: 4 of 64 units carry {share} of the absolute blame."
+    expected = f"layer fc: 4 of 64 units carry {share} of the absolute blame."
     assert texts == ([expected] if share else [])
 
 

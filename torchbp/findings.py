@@ -81,7 +81,7 @@ def nonfinite_layers(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
             name,
             None,
             "nonfinite",
-            f"{name}: activations or error signals held NaN or infinity at step {frame.step}; "
+            f"layer {name}: activations or error signals held NaN or infinity at step {frame.step}; "
             "the layer is left out of the blame.",
         )
 
@@ -93,7 +93,7 @@ def dead_units(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
         if dead == 0:
             continue
         text = (
-            f"{name}: {dead} of {total} units ({_percent(dead / total)}) were zero for all "
+            f"layer {name}: {dead} of {total} units ({_percent(dead / total)}) were zero for all "
             f"{frame.samples} samples"
         )
         if previous is not None and name in previous.layers:
@@ -122,7 +122,7 @@ def concentrated_blame(frame: Frame, previous: Frame | None) -> Iterator[Finding
                 name,
                 None,
                 "concentrated",
-                f"{name}: {few} of {total} units carry {_percent(share)} of the absolute blame.",
+                f"layer {name}: {few} of {total} units carry {_percent(share)} of the absolute blame.",
             )
 
 
@@ -142,7 +142,7 @@ def class_culprits(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
             name,
             unit,
             "class_culprit",
-            f"{name}: unit {unit} raises the loss of class {class_name(frame, label)} most: "
+            f"layer {name}: unit {unit} raises the loss of class {class_name(frame, label)} most: "
             f"{largest:+.3g} over {frame.samples} samples, {_percent(largest / whole)} of all "
             "positive blame for this class in the layer.",
         )
@@ -166,7 +166,7 @@ def error_scale(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
             name,
             None,
             rule,
-            f"{name}: the error signal is {rule}: its root mean square is {scale:.3g}, "
+            f"layer {name}: the error signal is {rule}: its root mean square is {scale:.3g}, "
             f"{ratio:.2g} times that of the last layer, {last}.",
         )
 

@@ -80,6 +80,25 @@ def test_other_losses(loss_fn):
         torch.testing.assert_close(tracker.report().per_unit(name), expected.per_unit(name))
 
 
+def test_link_stays_first_order_where_batch_norm_couples_the_samples():
+    model, x, y = cnn()
+    model.train()
+    model[8].eval()  # no dropout: all methods see one network
+    with pytest.warns(UserWarning, match="first order") as caught:
+        report = track(model, x, y, "link", steps=1, layers="all").report()
+    assert "behind '0': method 'link'" in str(caught[0].message)
+    taylor, link = (
+        attribute(model, x, y, F.cross_entropy, m, layers="all") for m in ("taylor", "link")
+    )
+    for name in report.layer_names():
+        expected = taylor if name == "0" else link
+        torch.testing.assert_close(report.per_unit(name), expected.per_unit(name))
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        track(model, x, y, "link", steps=1)
+
+
 def test_frame_statistics_are_those_of_the_activations():
     model, x, y = mlp()
     tracker = track(model, x, y, steps=1)

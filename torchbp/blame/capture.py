@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
@@ -302,7 +302,7 @@ def writes_in_place(model: nn.Module) -> bool:
 
 def training_modules(model: nn.Module) -> list[str]:
     """Names of modules whose training mode makes values random or couples samples."""
-    coupled = (_NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+    coupled = (_BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
     return [
         f"{name} ({type(m).__name__})"
         for name, m in model.named_modules()

@@ -188,7 +188,9 @@ class BlameTracker:
         )
         blame = torch.cat([e.contribution for e in entries], 1).div_(scale)
         if self.method == "link":
-            blame = link_blame(head, blame, losses.to(blame.dtype), targets)
+            first = self._coupled_columns(layout)
+            rest = link_blame(head, blame[:, first:], losses.to(blame.dtype), targets)
+            blame = rest if first == 0 else torch.cat([blame[:, :first], rest], 1)
         stats = torch.cat([e.stats for e in entries], 1)
         stats[2] /= scale * scale
         classes = head.kind == "cross_entropy" and not targets.is_floating_point()
@@ -206,6 +208,22 @@ class BlameTracker:
             self._bad.update(bad)
             if now % self.log_every < self.every:
                 self._log(now)
+
+    def _coupled_columns(self, layout: Layout) -> int:
+        """How many units, the first in forward order, `link` must leave at first order.
+
+        It divides by the sample's own probability of error; above a batch norm in training mode
+        the error signal of a well-fitted sample is mostly that of others.
+        """
+        coupled = [name for name in layout.names if name in self._watch.coupled]
+        if coupled:
+            self._warn_once(
+                "coupled",
+                f"batch norm in training mode mixes samples behind {', '.join(map(repr, coupled))}: "
+                "method 'link' keeps these layers at first order (taylor)",
+                UserWarning,
+            )
+        return sum(n for name, n in zip(layout.names, layout.sizes, strict=True) if name in coupled)
 
     def _log(self, now: int) -> None:
         if not self._window:
@@ -248,10 +266,10 @@ class BlameTracker:
             )
         return bad
 
-    def _warn_once(self, key: str, text: str) -> None:
+    def _warn_once(self, key: str, text: str, kind: type[Warning] = RuntimeWarning) -> None:
         if key not in self._reported:
             self._reported.add(key)
-            warnings.warn(f"BlameTracker: {text}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"BlameTracker: {text}", kind, stacklevel=5)
 
     # ---- afterwards ---------------------------------------------------------------------------
 

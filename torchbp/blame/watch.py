@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchbp import kernels
 from torchbp.blame.capture import (
@@ -93,6 +94,17 @@ class Watch:
         self._final: Any = None
         self._pending = Pending()
         self._handles: dict[str, Any] = {}
+        self._norm_handles: list[Any] = []
+        self._norm_calls: list[tuple[nn.Module, int]] = []
+        self._before: list[tuple[nn.Module, frozenset[str]]] = []
+
+    @property
+    def coupled(self) -> frozenset[str]:
+        """Layers above which a batch norm in training mode mixes the samples of the batch.
+
+        There a sample's error signal holds parts of other samples' losses as well.
+        """
+        return frozenset().union(*(names for norm, names in self._before if norm.training))
 
     @property
     def active(self) -> bool:
@@ -104,16 +116,20 @@ class Watch:
         for name, module in self._modules.items():
             if self._selected is None or name in {n.partition("#")[0] for n in self._selected}:
                 self._handles[name] = module.register_forward_hook(self._layer_hook(name))
+        if self._selected is None:
+            for module in self._model.modules():
+                if isinstance(module, _BatchNorm):
+                    self._norm_handles.append(module.register_forward_pre_hook(self._norm_hook))
         # Last, so that it runs after the layers' own where the model is one of them.
         self._output_handle = self._model.register_forward_hook(self._output_hook)
         self._pending = Pending()
 
     def detach(self) -> None:
         """Take every hook off."""
-        for handle in self._handles.values():
+        for handle in (*self._handles.values(), *self._norm_handles, self._output_handle):
             handle.remove()
-        self._output_handle.remove()
         self._handles.clear()
+        self._norm_handles.clear()
         self._pending, self._probe = Pending(), None
 
     def take(self) -> Pending:
@@ -123,6 +139,7 @@ class Watch:
         if probe is not None and self._selected is None and pending.outputs:
             self._select(probe)
         self._final = None
+        self._norm_calls = []
         pending.entries = self._named(pending.entries)
         return pending
 
@@ -148,6 +165,11 @@ class Watch:
             return replace_first(output, passed) if handed_on or passed is not value else None
 
         return hook
+
+    def _norm_hook(self, module: nn.Module, args: Any) -> None:
+        if self.live and torch.is_grad_enabled():
+            seen = 0 if self._probe is None else len(self._probe.calls)
+            self._norm_calls.append((module, seen))
 
     def _watch(self, name: str, value: Tensor, dim: int) -> Tensor:
         """Have the error signal of ``value`` reduced; returns what the next module shall see."""
@@ -204,6 +226,14 @@ class Watch:
         if self._units_only:
             calls = hidden(unit_calls(calls), self._final)
         self._selected = {names[id(c)] for c in calls}
+        chosen = [names[id(c)] if names[id(c)] in self._selected else None for c in probe.calls]
+        self._before = [
+            (norm, frozenset(n for n in chosen[:position] if n is not None))
+            for norm, position in self._norm_calls
+        ]
+        for handle in self._norm_handles:
+            handle.remove()
+        self._norm_handles.clear()
         for name in {*self._handles} - {c.name for c in calls}:
             self._handles.pop(name).remove()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,10 +86,10 @@ class Conv2d(Op):
 _CONSTANTS = (None, None, None, None)  # stride, padding, dilation, groups
 
 
-def _pair(value: int | tuple[int, ...]) -> Pair:
+def pair(value: int | Sequence[int]) -> Pair:
+    """``value`` for height and width; a single number means both, also in a sequence."""
     if isinstance(value, int):
         return value, value
-    # A single number in a sequence means both, as in torch.
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
 
 
@@ -203,8 +203,8 @@ def conv2d(
         input,
         weight,
         bias,
-        _pair(stride),
-        padding if isinstance(padding, str) else _pair(padding),
-        _pair(dilation),
+        pair(stride),
+        padding if isinstance(padding, str) else pair(padding),
+        pair(dilation),
         groups,
     )
