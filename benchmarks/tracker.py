@@ -56,6 +56,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(256, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(N, T, 256)`` to ``(N, 10)``."""
         return self.head(self.body(x).mean(1))
 
 
@@ -116,8 +117,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kernels = status()["isa"]
     print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {options.threads} threads, "
-        f"kernels: {kernels}, method link, median of {options.pairs} alternating pairs\n"
+        f"torch {torch.__version__}, Python {platform.python_version()}, {options.threads} threads,"
+        f" kernels: {kernels}, method link, median of {options.pairs} alternating pairs\n"
     )
     print("| model | size | layers of | every | without (ms) | with (ms) | ratio |")
     print("|---|---|---|---:|---:|---:|---:|")

@@ -90,3 +90,19 @@ def train(
 def accuracy(model: nn.Module, data: Split) -> float:
     """Fraction of right answers, in the model's current mode."""
     return float((model(data.x).argmax(1) == data.y).double().mean())
+
+
+def flip_labels(data: Split, generator: torch.Generator) -> Tensor:
+    """Give a tenth of the samples a wrong label; returns which."""
+    flipped = torch.randperm(len(data), generator=generator)[: len(data) // 10]
+    shift = torch.randint(1, 10, (len(flipped),), generator=generator)
+    data.y[flipped] = (data.y[flipped] + shift) % 10
+    return flipped
+
+
+def auroc(score: Tensor, positive: Tensor) -> float:
+    """Probability that a positive scores higher than another sample (Mann-Whitney)."""
+    ranks = score.argsort().argsort().double() + 1
+    n = int(positive.sum())
+    rest = len(score) - n
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * rest))

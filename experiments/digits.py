@@ -1,7 +1,7 @@
 """Who is to blame? Train on handwritten digits with blame on, and ask.
 
-    python experiments/digits.py                  # MLP and CNN; logs for TensorBoard in runs/digits
-    python experiments/digits.py --plant-faults   # hide faults, and count how many blame finds
+python experiments/digits.py                  # MLP and CNN; logs for TensorBoard in runs/digits
+python experiments/digits.py --plant-faults   # hide faults, and count how many blame finds
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _digits import MODELS, Split, accuracy, batches, load, make
+from _digits import MODELS, Split, accuracy, auroc, batches, flip_labels, load, make
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -24,7 +24,6 @@ from torchbp.blame import Blame, Report
 from torchbp.findings import findings
 
 DIGITS = [str(d) for d in range(10)]
-FLIPPED = 0.1
 DAMAGED = 5
 
 
@@ -52,14 +51,6 @@ def train(
     return tracker.report()
 
 
-def flip_labels(data: Split, generator: torch.Generator) -> Tensor:
-    """Give a tenth of the samples a wrong label; returns which."""
-    flipped = torch.randperm(len(data), generator=generator)[: int(FLIPPED * len(data))]
-    shift = torch.randint(1, 10, (len(flipped),), generator=generator)
-    data.y[flipped] = (data.y[flipped] + shift) % 10
-    return flipped
-
-
 def damage(model: nn.Sequential, data: Split, generator: torch.Generator) -> tuple[str, list[int]]:
     """Swap the sign of what five neurons send on; returns their layer and which they are.
 
@@ -75,14 +66,6 @@ def damage(model: nn.Sequential, data: Split, generator: torch.Generator) -> tup
         units = active[torch.randperm(len(active), generator=generator)[:DAMAGED]]
         second.weight[:, units] *= -1
     return layer, sorted(units.tolist())
-
-
-def auroc(score: Tensor, positive: Tensor) -> float:
-    """Probability that a positive scores higher than another sample (Mann-Whitney)."""
-    ranks = score.argsort().argsort().double() + 1
-    n = int(positive.sum())
-    rest = len(score) - n
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * rest))
 
 
 def who_is_to_blame(name: str, model: nn.Module, report: Report, data: Split) -> None:

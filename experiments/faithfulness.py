@@ -37,7 +37,9 @@ def correlations(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     truth = units(attribute(model, x, y, F.cross_entropy, method="ablation"))
     return {
         method: float(
-            spearmanr(units(attribute(model, x, y, F.cross_entropy, method=method)), truth).statistic
+            spearmanr(
+                units(attribute(model, x, y, F.cross_entropy, method=method)), truth
+            ).statistic
         )
         for method in METHODS
     }

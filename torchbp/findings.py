@@ -81,8 +81,8 @@ def nonfinite_layers(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
             name,
             None,
             "nonfinite",
-            f"layer {name}: activations or error signals held NaN or infinity at step {frame.step}; "
-            "the layer is left out of the blame.",
+            f"layer {name}: activations or error signals held NaN or infinity at step "
+            f"{frame.step}; the layer is left out of the blame.",
         )
 
 
@@ -122,7 +122,8 @@ def concentrated_blame(frame: Frame, previous: Frame | None) -> Iterator[Finding
                 name,
                 None,
                 "concentrated",
-                f"layer {name}: {few} of {total} units carry {_percent(share)} of the absolute blame.",
+                f"layer {name}: {few} of {total} units carry {_percent(share)} of the absolute "
+                "blame.",
             )
 
 

@@ -132,7 +132,11 @@ STEPS = {
     "vector": (lambda loss, y: (loss.expand(2), y), ValueError, r"loss: .* got shape \(2,\)"),
     "shape": (lambda loss, y: (loss, y[:3]), ValueError, r"targets: expected shape \(9,\)"),
     "range": (lambda loss, y: (loss, y + 4), ValueError, r"targets: expected classes in \[0, 4\)"),
-    "other": (lambda loss, y: (loss, (y + 1) % 4), ValueError, "error signal at the model's output"),
+    "other": (
+        lambda loss, y: (loss, (y + 1) % 4),
+        ValueError,
+        "error signal at the model's output",
+    ),
 }
 
 

@@ -82,11 +82,13 @@ def test_near_the_reference_it_is_gradient_times_difference(make):
     direction = torch.randn_like(x)
     for size in (1e-4, 1e-6):
         x0 = x - size * direction
-        blame = attribute(model, x, y, CE, "secant", layers=["input"] , baseline=x0)["input"]
+        blame = attribute(model, x, y, CE, "secant", layers=["input"], baseline=x0)["input"]
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(CE(model(leaf), y, reduction="sum"), leaf)
-        expected = (gradient * size * direction).flatten(2).sum(2) if x.dim() > 2 else (
-            gradient * size * direction
+        expected = (
+            (gradient * size * direction).flatten(2).sum(2)
+            if x.dim() > 2
+            else (gradient * size * direction)
         )
         scale = expected.abs().max()
         assert (blame - expected).abs().max() <= 20 * size * scale
@@ -140,7 +142,9 @@ def test_control_flow_that_depends_on_values_is_refused():
             return torch.relu(y) if x.sum() != 0 else torch.tanh(y)
 
     x, y = torch.rand(4, 3), torch.randint(2, (4,))
-    with pytest.raises(RuntimeError, match="call 1 is ReLU.* in the model, the reference has Tanh"):
+    with pytest.raises(
+        RuntimeError, match=r"call 1 is ReLU.* in the model, the reference has Tanh"
+    ):
         attribute(Moody(), x, y, CE, "secant")
 
 
@@ -153,7 +157,7 @@ def test_products_of_two_dependent_factors_are_refused():
         def forward(self, x):
             return self.a(x) * torch.sigmoid(self.b(x))
 
-    with pytest.raises(NotImplementedError, match="no rule for torch.Tensor.mul"):
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.Tensor\.mul"):
         attribute(Gate(), torch.rand(4, 3), torch.randint(2, (4,)), CE, "secant")
 
 

@@ -111,7 +111,9 @@ def test_drop_in_equals_twin(twin, make, inputs, dtype, training):
     ours = copy.deepcopy(theirs)
     ours.__class__ = DROP_INS[twin]
     given = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs())
-    tolerance = dict(rtol=1e-12, atol=1e-13) if dtype == torch.float64 else dict(rtol=2e-5, atol=1e-6)
+    tolerance = (
+        dict(rtol=1e-12, atol=1e-13) if dtype == torch.float64 else dict(rtol=2e-5, atol=1e-6)
+    )
     first = True
     for a, b in zip(run(ours, given), run(theirs, given), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -147,7 +149,7 @@ def test_the_same_errors(twin, make, inputs):
     for kind in (twin, DROP_INS[twin]):
         module = make(twin).double()
         module.__class__ = kind
-        with pytest.raises(Exception) as caught:  # noqa: PT011  the type is what is compared
+        with pytest.raises(Exception) as caught:
             module(*inputs)
         errors.append(caught.value)
     assert type(errors[0]) is type(errors[1]), errors

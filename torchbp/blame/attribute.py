@@ -63,9 +63,7 @@ def attribute(
     if not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
     args, kwargs = _inputs(inputs)
-    problem = Problem(
-        model, args, kwargs, targets, LossHead.of(loss_fn), layers, baseline, n_steps
-    )
+    problem = Problem(model, args, kwargs, targets, LossHead.of(loss_fn), layers, baseline, n_steps)
     chosen = METHODS[method]
     with problem.session():
         result = chosen.solve(problem)
@@ -91,7 +89,8 @@ def _inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     if not tensors:
         raise TypeError(
-            f"inputs: expected a tensor, or a tuple or dict with tensors, got {type(inputs).__name__}"
+            "inputs: expected a tensor, or a tuple or dict with tensors, "
+            f"got {type(inputs).__name__}"
         )
     if any(t.dim() > 0 and t.shape[0] == 0 for t in tensors):
         raise ValueError("inputs: the batch is empty")

@@ -261,8 +261,9 @@ def _shapes_units(module: nn.Module) -> bool:
 def unit_calls(calls: Sequence[Call]) -> list[Call]:
     """The calls whose outputs are units: by default one per cut.
 
-    Pooling, flattening, dropout and whatever else has no parameters only pass units on. A layer whose output goes straight into a
-    norm or activation is represented by that: the neuron is what the rest of the network sees.
+    Pooling, flattening, dropout and whatever else has no parameters only pass units on. A layer
+    whose output goes straight into a norm or activation is represented by that: the neuron is what
+    the rest of the network sees.
     """
     kept = []
     for call in calls:

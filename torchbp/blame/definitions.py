@@ -67,7 +67,7 @@ class LossHead:
         for module, kind in _MODULES:
             if isinstance(loss_fn, module):
                 bare = copy.copy(loss_fn)
-                bare.reduction = "none"
+                bare.reduction = "none"  # type: ignore[assignment]
                 names = ("weight", "pos_weight", "ignore_index", "label_smoothing")
                 found = {n: getattr(loss_fn, n) for n in names if hasattr(loss_fn, n)}
                 return LossHead(loss_fn, kind, bare, found)
@@ -224,7 +224,7 @@ def log_odds_blame(taylor: Tensor, loss: Tensor, weight: Tensor | None = None) -
 
 
 def _is_tame(gain: Tensor, loss: Tensor) -> bool:
-    """Whether ``log1p(r expm1(gain))`` neither overflows nor cancels (to zero, where l is large)."""
+    """Whether ``log1p(r expm1(gain))`` neither overflows nor cancels (where l is large)."""
     if gain.numel() == 0:
         return True
     low, high = (float(v) for v in torch.aminmax(gain))

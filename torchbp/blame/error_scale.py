@@ -43,7 +43,9 @@ def losses_and_gradient(head: LossHead, output: Tensor, targets: Any) -> tuple[T
 def _has_settings(head: LossHead) -> bool:
     settings = dict(head.settings)
     ignore = settings.pop("ignore_index", -100)
-    return ignore != -100 or any(isinstance(v, Tensor) or v not in (None, 0) for v in settings.values())
+    return ignore != -100 or any(
+        isinstance(v, Tensor) or v not in (None, 0) for v in settings.values()
+    )
 
 
 def _cross_entropy(head: LossHead, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,9 +85,7 @@ class UnitSums:
                 self.per_class = grown
             self.per_class = _wide(self.per_class)
             self.per_class[: len(other.per_class)] += other.per_class
-        self.elements = tuple(
-            a + b for a, b in zip(self.elements, other.elements, strict=True)
-        )
+        self.elements = tuple(a + b for a, b in zip(self.elements, other.elements, strict=True))
         self.samples += other.samples
         self.loss += other.loss
 

@@ -141,7 +141,9 @@ class Blame(Summary, Mapping[str, Tensor]):
         return int(self._classes().max()) + 1
 
     def layer_names(self) -> Iterator[str]:
+        """Layers, in the order of the forward pass."""
         return iter(self.units)
 
     def unit_classes(self, layer: str) -> Tensor | None:
+        """``[C, U]`` blame per true class; ``None`` where the targets are not classes."""
         return self.per_class(layer) if self._has_classes() else None

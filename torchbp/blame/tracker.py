@@ -219,8 +219,9 @@ class BlameTracker:
         if coupled:
             self._warn_once(
                 "coupled",
-                f"batch norm in training mode mixes samples behind {', '.join(map(repr, coupled))}: "
-                "method 'link' keeps these layers at first order (taylor)",
+                "batch norm in training mode mixes samples behind "
+                + ", ".join(map(repr, coupled))
+                + ": method 'link' keeps these layers at first order (taylor)",
                 UserWarning,
             )
         return sum(n for name, n in zip(layout.names, layout.sizes, strict=True) if name in coupled)
@@ -293,7 +294,7 @@ class BlameTracker:
         return Report(frame, METHODS[self.method].question, self._samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume: sums, sample ledger and step, as tensors and plain values."""
+        """Everything needed to resume: sums, sample ledger, step; tensors and plain values."""
         return {
             "steps": self.steps,
             "method": self.method,

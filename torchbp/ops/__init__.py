@@ -4,6 +4,7 @@ from torchbp.ops import (
     activation,
     bias_act,
     conv,
+    cross_entropy,
     dropout,
     linear,
     loss,
@@ -12,3 +13,17 @@ from torchbp.ops import (
     shape,
     softmax,
 )
+
+__all__ = [
+    "activation",
+    "bias_act",
+    "conv",
+    "cross_entropy",
+    "dropout",
+    "linear",
+    "loss",
+    "norm",
+    "pool",
+    "shape",
+    "softmax",
+]

@@ -77,7 +77,9 @@ class GELU(Elementwise):
 
 
 class GELUTanh(Elementwise):
-    """``y = x (1 + tanh u) / 2`` with ``u = √(2/π) (x + 0.044715 x³)`` (Hendrycks and Gimpel, 2016).
+    """``y = x (1 + tanh u) / 2`` with ``u = √(2/π) (x + 0.044715 x³)``.
+
+    Source: Hendrycks and Gimpel, 2016.
 
     ``∂x = g (1 + t + x (1 - t²) u') / 2`` with ``t = tanh u``.
     """

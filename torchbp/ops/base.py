@@ -53,14 +53,15 @@ class Op(torch.autograd.Function):
 def _door(op: type[Op]) -> Callable[..., Any]:
     # Dynamo refuses a Function that defines jvp, hence a twin without it. Both are closed over,
     # because dynamo cannot look a Function up as an attribute of another one.
-    body = {name: staticmethod(getattr(op, name)) for name in ("forward", "setup_context", "backward")}
-    traced = type(f"{op.__name__}Traced", (torch.autograd.Function,), body)
-    traced.generate_vmap_rule = True
+    names = ("forward", "setup_context", "backward")
+    body: dict[str, Any] = {name: staticmethod(getattr(op, name)) for name in names}
+    body["generate_vmap_rule"] = True
+    traced: Any = type(f"{op.__name__}Traced", (torch.autograd.Function,), body)
     policies = op.autocast
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            function = traced
+            function: Any = traced
         elif has_torch_function(args):  # a mode, such as the secant tape, or a Tensor subclass
             return handle_torch_function(call, args, *args)
         else:

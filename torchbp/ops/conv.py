@@ -90,7 +90,8 @@ def pair(value: int | Sequence[int]) -> Pair:
     """``value`` for height and width; a single number means both, also in a sequence."""
     if isinstance(value, int):
         return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+    values = tuple(value)  # of any other length: left for torch to refuse
+    return values * 2 if len(values) == 1 else values  # type: ignore[return-value]
 
 
 def _symmetric(padding: str | Pair, kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
@@ -112,7 +113,7 @@ def _grad_input(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    kernel = tuple(weight.shape[-2:])
+    kernel = (weight.shape[-2], weight.shape[-1])
     pad, extra = _symmetric(padding, kernel, dilation)
     # Rows at the far end that no window reached: the transposed convolution adds them back.
     left_over = [
@@ -120,9 +121,7 @@ def _grad_input(
         - (grad_output.shape[i] - 1) * stride[i]
         for i in (-2, -1)
     ]  # fmt: skip
-    grad = F.conv_transpose2d(
-        grad_output, weight, None, stride, pad, left_over, groups, dilation
-    )
+    grad = F.conv_transpose2d(grad_output, weight, None, stride, pad, left_over, groups, dilation)
     return _crop(grad, shape[-2], shape[-1])
 
 

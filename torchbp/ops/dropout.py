@@ -69,9 +69,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
 
 
 @register(F.dropout, modules=[nn.Dropout], samples=_samples)
-def dropout(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero elements at random, as :func:`torch.nn.functional.dropout` with the same seed.
 
     Args:

@@ -177,9 +177,7 @@ def _layer_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(0, 4), (4,), make(4), make(4))
 
 
-@register(
-    F.layer_norm, replaces=[torch.layer_norm], modules=[nn.LayerNorm], samples=_layer_samples
-)
+@register(F.layer_norm, replaces=[torch.layer_norm], modules=[nn.LayerNorm], samples=_layer_samples)
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -217,22 +215,23 @@ class BatchNorm(Op):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         training: bool,
+        momentum: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Batch statistics alone are asked for in training: the running ones are updated outside,
-        # for an op has no side effects.
-        rm, rv = (None, None) if training else (running_mean, running_var)
-        if x.numel() == 0:  # torch's primitive refuses what its function accepts
-            statistics = x.new_zeros(2, x.shape[1], dtype=_wide(x).dtype)
-            return torch.empty_like(x), *statistics.unbind()
-        output, mean, rstd = torch.native_batch_norm(x, weight, bias, rm, rv, training, 0.0, eps)
-        return output, mean, rstd
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        if training and running_mean is not None and running_var is not None:
+            # An op has no side effects: the new statistics are outputs, stored by the caller.
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        cudnn = torch.backends.cudnn.enabled
+        output, mean, rstd, *_ = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
+        )
+        return (output, mean, rstd, *((running_mean, running_var) if training else (None, None)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, running_mean, running_var, ctx.training, ctx.eps = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        x, weight, bias, running_mean, running_var, ctx.training, _, ctx.eps = inputs
+        _, mean, rstd, *updated = output
+        ctx.mark_non_differentiable(mean, rstd, *(u for u in updated if u is not None))
         ctx.set_materialize_grads(False)
         if not ctx.training:
             mean, rstd = running_mean, running_var
@@ -242,13 +241,11 @@ class BatchNorm(Op):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 8
         x, weight, bias, mean, rstd = ctx.saved_tensors
         over = _all_but_channel(x)
         if ctx.training:
-            xhat, rstd = _statistics(
-                x, _per_channel(mean, x), _per_channel(rstd, x), over, ctx.eps
-            )
+            xhat, rstd = _statistics(x, _per_channel(mean, x), _per_channel(rstd, x), over, ctx.eps)
         else:
             xhat, rstd = _running(x, mean, rstd, ctx.eps)
         g = _wide(grad_output)
@@ -262,18 +259,18 @@ class BatchNorm(Op):
             grad_x,
             _sum_over(g * xhat, over, weight) if needs_weight else None,
             _sum_over(g, over, bias) if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
     @staticmethod
     def jvp(
         ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         x, weight, _bias, mean, rstd = ctx.saved_tensors
         weight, tw, tb = (None if t is None else _per_channel(t, x) for t in (weight, tw, tb))
         if ctx.training:
             moments = _Moments(_wide(x), _all_but_channel(x), ctx.eps)
-            return _affine_jvp(moments, x, weight, tx, tw, tb), None, None
+            return _affine_jvp(moments, x, weight, tx, tw, tb), *(None,) * 4
         xhat, rstd = _running(x, mean, rstd, ctx.eps)
         through = None
         if tx is not None:
@@ -283,13 +280,13 @@ class BatchNorm(Op):
             None if tw is None else xhat * tw,
             None if tb is None else tb.expand(x.shape),
         )
-        return None if total is None else total.to(x.dtype).clone(), None, None
+        return None if total is None else total.to(x.dtype).clone(), *(None,) * 4
 
     @staticmethod
     def secant(
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
-        (x, weight, bias, mean, var, training, eps), (x0, weight0, *_) = args, args0
+        (x, weight, bias, mean, var, training, _, eps), (x0, weight0, *_) = args, args0
         over = _all_but_channel(x)
         through = multiplier
         if weight is not None:
@@ -305,7 +302,7 @@ class BatchNorm(Op):
             of_x,
             None if weight is None else _sum_over(multiplier * xhat, over, weight),
             None if bias is None else _sum_over(multiplier, over, bias),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -329,15 +326,13 @@ def _batch_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(4, 3), *running(3), make(3), make(3))
     yield sample(make(2, 3, 2, 2), *running(3), make(3), make(3), eps=1e-3)
     yield sample(make(2, 3, 4), *running(3))
-    yield sample(make(4, 3), None, None, make(3), make(3), training=True)
+    yield sample(make(4, 3), *running(3), make(3), make(3), training=True)
     yield sample(make(2, 3, 2, 2), None, None, training=True)
     yield sample(make(3, 2, 3), None, None, make(2), training=True)
     yield sample(make(0, 3), *running(3), make(3), make(3))
 
 
-@register(
-    F.batch_norm, modules=[nn.BatchNorm1d, nn.BatchNorm2d], samples=_batch_samples
-)
+@register(F.batch_norm, modules=[nn.BatchNorm1d, nn.BatchNorm2d], samples=_batch_samples)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -364,33 +359,29 @@ def batch_norm(
         Shape of ``input``.
 
     Raises:
-        ValueError: in training, if a channel has a single value.
+        ValueError: in training, if a channel has a single value; if ``eps`` is too small; if only
+            one of the running statistics is given.
+        RuntimeError: without training, if the running statistics are missing.
     """
     if training:
-        F._verify_batch_size(input.size())
-    elif running_mean is None or running_var is None:
-        raise RuntimeError(
-            "Expected running_mean and running_var to be defined when training=False"
+        F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+    if eps < 0 or (training and eps == 0):
+        bound = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm: eps must be {bound}, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            "batch_norm: of running_mean and running_var, both or neither must be None"
         )
-    output, mean, rstd = BatchNorm.call(
-        input, weight, bias, running_mean, running_var, training, eps
-    )
-    if training and running_mean is not None and running_var is not None and input.numel():
-        _update(input, mean, rstd, running_mean, running_var, momentum, eps)
+    if not training and running_mean is None:
+        raise RuntimeError("batch_norm: without training, running_mean and running_var are needed")
+    if not training or running_mean is None or running_var is None:
+        return BatchNorm.call(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
+        )[0]
+    # Copies, because whoever keeps the op's arguments must not see them change.
+    before = running_mean.clone(), running_var.clone()
+    output, _, _, *after = BatchNorm.call(input, weight, bias, *before, True, momentum, eps)
+    with torch.no_grad():
+        running_mean.copy_(after[0])
+        running_var.copy_(after[1])
     return output
-
-
-@torch.no_grad()
-def _update(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> None:
-    count = x.numel() // x.shape[1]
-    variance = (1 / rstd.square() - eps) * (count / max(count - 1, 1))
-    running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance.to(running_var.dtype), alpha=momentum)

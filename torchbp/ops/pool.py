@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops.base import Op
+from torchbp.ops.conv import Pair, pair
 from torchbp.ops.registry import Maker, Sample, register, sample
 
-Size = int | tuple[int, ...]
-Pair = tuple[int, int]
+Size = int | Sequence[int]
 
 
 class MaxPool2d(Op):
@@ -28,7 +28,7 @@ class MaxPool2d(Op):
 
     @staticmethod
     def forward(
-        x: Tensor, kernel_size: Size, stride: Size, padding: Size, dilation: Size, ceil_mode: bool
+        x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
     ) -> tuple[Tensor, Tensor]:
         return F.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
 
@@ -87,7 +87,7 @@ def _scatter(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _averaging(start: Tensor, end: Tensor, size: int, divisor: Tensor, like: Tensor) -> Tensor:
-    """``[n_out, size]`` matrix whose row i holds ``1 / divisor_i`` from ``start_i`` to ``end_i``."""
+    """``[n_out, size]``: row i holds ``1 / divisor_i`` from ``start_i`` to ``end_i``."""
     at = torch.arange(size, device=like.device)
     inside = (at >= start[:, None]) & (at < end[:, None])
     return inside.to(like.dtype) / divisor[:, None].to(like.dtype)
@@ -208,13 +208,6 @@ class AdaptiveAvgPool2d(Op):
         return _spread(grad, *matrices)
 
 
-def _pair(value: Size) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
-
-
 def _max_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(2, 2, 4, 5), 2)
     yield sample(make(2, 5, 5), 3, stride=2, padding=1)
@@ -253,7 +246,7 @@ def max_pool2d(
     Returns:
         ``([N,] C, H_out, W_out)``, and the positions if asked for.
     """
-    step = kernel_size if stride is None or stride == () else stride
+    step = kernel_size if stride in (None, (), []) else stride
     output, indices = MaxPool2d.call(input, kernel_size, step, padding, dilation, ceil_mode)
     return (output, indices) if return_indices else output
 
@@ -293,10 +286,10 @@ def avg_pool2d(
     """
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
-    kernel = _pair(kernel_size)
-    step = kernel if stride is None or stride == () else _pair(stride)
+    kernel = pair(kernel_size)
+    step = kernel if stride in (None, (), []) else pair(stride)
     return AvgPool2d.call(
-        input, kernel, step, _pair(padding), ceil_mode, count_include_pad, divisor_override
+        input, kernel, step, pair(padding), ceil_mode, count_include_pad, divisor_override
     )
 
 

@@ -8,8 +8,6 @@ from torchbp.blame.methods.logits import LOGITS
 from torchbp.blame.methods.secant import SECANT
 from torchbp.blame.methods.tangent import GRADIENT, LINK, TAYLOR
 
-METHODS: dict[str, Method] = {
-    m.name: m for m in (GRADIENT, TAYLOR, LINK, LOGITS, SECANT, ABLATION)
-}
+METHODS: dict[str, Method] = {m.name: m for m in (GRADIENT, TAYLOR, LINK, LOGITS, SECANT, ABLATION)}
 
 __all__ = ["METHODS", "Method", "Result"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchbp.blame.capture import INPUT, Call, replace_first, first_tensor
+from torchbp.blame.capture import INPUT, Call, first_tensor, replace_first
 from torchbp.blame.methods.base import Method, Result
 from torchbp.blame.problem import Problem
 
@@ -65,6 +65,9 @@ def _suffix(problem: Problem, call: Call) -> Rest | None:
         )
     after: list[nn.Module] = []
     module: nn.Module = problem.model
+    places = [m for parent in module.modules() for m in parent._modules.values()]
+    if len({id(m) for m in places}) != len(places):
+        return None  # a reused module has several suffixes
     for part in call.name.split("."):
         if type(module) is not nn.Sequential:
             return None
@@ -73,8 +76,6 @@ def _suffix(problem: Problem, call: Call) -> Rest | None:
         following = [children[n] for n in names[names.index(part) + 1 :]]
         after = [*following, *after]
         module = children[part]
-    if len({id(m) for m in problem.model}) != len(problem.model):  # type: ignore[arg-type]
-        return None  # a reused module has several suffixes
     rest = nn.Sequential(*after)
     rest.training = problem.model.training
     state = {n: p.detach() for n, p in rest.named_parameters()}

@@ -55,9 +55,7 @@ def error_signals(
     """``∂ objective / ∂ output`` of every call; zeros for layers without influence."""
     outputs = [c.output for c in calls]
     grads = torch.autograd.grad(objective, outputs, retain_graph=retain_graph, allow_unused=True)
-    return [
-        torch.zeros_like(a) if g is None else g for a, g in zip(outputs, grads, strict=True)
-    ]
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(outputs, grads, strict=True)]
 
 
 def contribution(call: Call, error: Tensor) -> Tensor:

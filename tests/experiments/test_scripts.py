@@ -1,0 +1,64 @@
+"""The scripts people run: they end well, say who is to blame, and fail clearly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "experiments" / script), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_digits_names_the_culprits_and_fills_tensorboard(tmp_path):
+    done = run("digits.py", "--plant-faults", "--epochs", "6", "--models", "mlp",
+               "--logdir", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for part in ("accuracy", "top blame (link: removal)", "worst confusion", "most suspicious",
+                 "conservation", "tensorboard --logdir"):  # fmt: skip
+        assert part in done.stdout
+    hits, planted = map(int, re.search(r"(\d+) are among the (\d+) most", done.stdout).groups())
+    assert planted == 120 and hits > 90
+    assert len(re.findall(r"found \d of 5", done.stdout)) == 3
+    (folder,) = tmp_path.iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()
+    assert {"blame/loss", "blame/total/1", "blame/total/3"} <= {*tags["scalars"]}
+    assert {"blame/heatmap/1", "blame/heatmap/3"} <= {*tags["images"]}
+    assert {"blame/units/1", "blame/units/3"} <= {*tags["distributions"]}
+    assert any(tag.startswith("blame/top") for tag in tags["tensors"])
+    steps = [e.step for e in events.Scalars("blame/loss")]
+    assert steps == [*range(0, 114, 10), 113]
+
+
+def test_a_log_directory_that_cannot_be_written_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    done = run("digits.py", "--epochs", "1", "--models", "mlp", "--logdir", str(file / "runs"))
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_faithfulness_reaches_what_the_docs_say():
+    done = run("faithfulness.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^mlp +(\w+) +([\d.]+)", done.stdout, re.MULTILINE)
+    mean = {method: float(value) for method, value in rows}
+    assert mean["link"] >= 0.97 and mean["logits"] >= 0.995 and mean["taylor"] < mean["link"]
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_found():
+    done = run("mislabelled.py")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(?:mlp|cnn) +\d +([\d.]+)", done.stdout, re.MULTILINE)
+    assert len(rows) == 6 and min(map(float, rows)) >= 0.97
