@@ -116,7 +116,6 @@ class BlameTracker:
             self._log(self.steps - 1)
             self._logger.close()
 
-    @torch.no_grad()
     def step(self, loss: Tensor, targets: Tensor, samples: Any = None) -> None:
         """Settle the blame of the backward pass that just ran.
 
@@ -141,11 +140,18 @@ class BlameTracker:
         if not live:
             return
         _check_backward(pending)
+        with torch.no_grad():
+            self._resolve(pending, now, loss, targets, samples)
+
+    def _resolve(
+        self, pending: Pending, now: int, loss: Tensor, targets: Tensor, samples: Any
+    ) -> None:
         output, error = pending.outputs[0]
         samples = None if samples is None else _sample_ids(samples, len(output))
         heads = self._heads or candidates(output, targets)
         head, scale, losses = fit(heads, output, error, targets, loss.detach())
-        self._heads = [head]
+        if len(heads) > 1 and bool(error.any()):  # else it told no loss from another
+            self._heads = [head]
         if self.method == "link":
             self._check_link(head, output, targets)
         entries = pending.entries
@@ -270,7 +276,7 @@ class BlameTracker:
     def _warn_once(self, key: str, text: str, kind: type[Warning] = RuntimeWarning) -> None:
         if key not in self._reported:
             self._reported.add(key)
-            warnings.warn(f"BlameTracker: {text}", kind, stacklevel=5)
+            warnings.warn(f"BlameTracker: {text}", kind, stacklevel=6)
 
     # ---- afterwards ---------------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ def _mean(tensor: Tensor, dims: Sequence[int]) -> Tensor:
 
 def _tangent(v: Tensor, xhat: Tensor, rstd: Tensor, dims: Sequence[int]) -> Tensor:
     """The derivative of ``x̂``, applied to ``v``: symmetric, so backward and jvp are one."""
-    return rstd * (v - _mean(v, dims) - xhat * _mean(v * xhat, dims))
+    through = torch.addcmul(v, xhat, _mean(v * xhat, dims), value=-1)
+    return rstd * (through - _mean(v, dims))
 
 
 def _secant(m: Tensor, x: Tensor, x0: Tensor, dims: Sequence[int], eps: float) -> Tensor:

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torchbp.functional as B
+
+NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", "softplus")
+PAIRS = {name: (getattr(torch, name, None) or getattr(F, name), getattr(B, name)) for name in NAMES}
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 30.0, -30.0]
+
+
+def value_and_grad(function, x, grad_output):
+    x = x.clone().requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, torch.full_like(y, grad_output))[0]
+
+
+@pytest.mark.parametrize("grad_output", [2.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", NAMES)
+def test_special_values_pass_as_in_torch(name, grad_output):
+    theirs, ours = (
+        value_and_grad(f, torch.tensor(SPECIAL, dtype=torch.float64), grad_output)
+        for f in PAIRS[name]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-300, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_short_dtypes_round_once(name, create_graph, dtype):
+    x = torch.linspace(-6, 6, 301).to(dtype)
+    exact = x.double().requires_grad_()
+    ours = x.clone().requires_grad_()
+    theirs, function = PAIRS[name]
+    (want,) = torch.autograd.grad(theirs(exact).sum(), exact)
+    (got,) = torch.autograd.grad(function(ours).sum(), ours, create_graph=create_graph)
+    assert got.dtype == dtype
+    # tanh and sigmoid differentiate their rounded output, as torch does: absolute precision.
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=8e-3)
+    if name in ("gelu", "silu", "softplus"):
+        error = (got.double() - want).abs() - torch.finfo(dtype).eps * want.abs()
+        assert error.max() <= torch.finfo(dtype).tiny + 1e-7
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu"])
+def test_in_place_writes_into_the_input(name):
+    leaf = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x = leaf * 1
+    result = PAIRS[name][1](x, inplace=True)
+    assert result is x
+    assert torch.equal(x, PAIRS[name][0](leaf))
+    (got,) = torch.autograd.grad(result.sum(), leaf)
+    (want,) = torch.autograd.grad(PAIRS[name][0](leaf).sum(), leaf)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    with pytest.raises(RuntimeError, match="leaf"):
+        PAIRS[name][1](leaf, inplace=True)
+
+
+def test_in_place_with_a_negative_slope_keeps_the_gradient():
+    leaf = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    result = B.leaky_relu(leaf * 1, -0.5, inplace=True)
+    (got,) = torch.autograd.grad(result.sum(), leaf)
+    assert torch.equal(got, torch.where(leaf > 0, 1.0, -0.5))
+
+
+def test_complex_gradients_are_conjugated_as_in_torch():
+    x = torch.randn(5, dtype=torch.complex128)
+    for name in ("tanh", "sigmoid", "silu"):
+        theirs, ours = (value_and_grad(f, x, 1.5 - 2j) for f in PAIRS[name])
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_gelu_names_the_approximation_it_does_not_know():
+    with pytest.raises(RuntimeError, match="approximate.*'cubic'"):
+        B.gelu(torch.zeros(2), approximate="cubic")
+
+
+def test_bias_act_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="activation must be one of identity, relu.*'swish'"):
+        B.bias_act(torch.zeros(2, 3), torch.zeros(3), "swish")
+    with pytest.raises(ValueError, match=r"bias must have shape \(3,\).*\(2,\)"):
+        B.bias_act(torch.zeros(2, 3), torch.zeros(2))
