@@ -14,6 +14,7 @@ from _paired import paired
 from torch import Tensor
 
 from torchbp import kernels
+from torchbp.blame.definitions import log_odds_blame, squared_error_blame
 
 Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
@@ -98,6 +99,37 @@ def reduce_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def _eager_settle(
+    contribution: Tensor, losses: Tensor, labels: Tensor, kind: str, sizes: list[int]
+) -> tuple[Tensor, ...]:
+    blame = contribution / 0.01
+    if kind == "log_odds":
+        blame = log_odds_blame(blame, losses)
+    elif kind == "squared":
+        blame = squared_error_blame(blame, losses)
+    one_hot = (torch.arange(10)[:, None] == labels).to(blame.dtype)
+    per_sample = torch.stack([part.sum(1) for part in blame.split(sizes, 1)], 1)
+    return blame.sum(0), blame.abs().sum(0), (blame * blame).sum(0), one_hot @ blame, per_sample
+
+
+def settle_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The sums of `blame_settle` for ten classes, composed of PyTorch calls; none in half."""
+    if dtype.itemsize < 4:
+        return
+    for samples, sizes in ((256, [4096, 1024, 1024, 10]), (64, [64, 64, 10])):
+        contribution = torch.randn(samples, sum(sizes), dtype=dtype) * 1e-3
+        losses = torch.rand(samples, dtype=dtype) * 4
+        labels = torch.randint(10, (samples,))
+        for kind in ("taylor", "log_odds", "squared"):
+            arguments = contribution, losses, labels
+            yield (
+                f"blame_settle {kind}",
+                _label(contribution),
+                lambda a=arguments, k=kind, s=sizes: kernels.blame_settle(*a, 10, 0.01, k, s),
+                lambda a=arguments, k=kind, s=sizes: _eager_settle(*a, k, s),
+            )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,6 +148,7 @@ def main() -> None:
             backward_cases((4096, 1024), dtype),
             backward_cases((128, 512), dtype),
             reduce_cases(dtype),
+            settle_cases(dtype),
         ):
             for name, size, kernel, eager in cases:
                 ratio, ours, theirs = paired(kernel, eager, options.pairs)

@@ -34,7 +34,7 @@ PyMODINIT_FUNC PyInit__C(void) {
   return module;
 }
 
-// torchbp/kernels/__init__.py repeats these for the case that there is no extension.
+// torchbp/kernels/registration.py repeats these for the case that there is no extension.
 STABLE_TORCH_LIBRARY(torchbp, m) {
   m.def("bias_act(Tensor x, Tensor? bias, str act, float alpha) -> Tensor");
   m.def(
@@ -43,4 +43,7 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
   m.def(
       "blame_reduce(Tensor activation, Tensor error, int unit_dim, bool gradient)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
+      " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)");
 }

@@ -3,6 +3,7 @@
 #include "simt.h"
 
 #include "cuda/blame_reduce.cuh"
+#include "cuda/blame_settle.cuh"
 
 namespace torchbp {
 
@@ -104,5 +105,38 @@ void simt_blame_reduce(int dtype, bool gradient, bool units_inner, const void* a
     simt::launch({blocks_of(size, 64), 1}, {64, 1}, join_kernel<A>,
                  static_cast<const A*>(sums.data()), static_cast<A*>(stats), int64_t(blocks), size);
   });
+}
+
+void simt_blame_settle(bool wide, int kind, const void* contribution, const void* losses,
+                       const int64_t* labels, double scale, const int64_t* sizes, void* rows,
+                       void* per_class, void* per_sample, int64_t samples, int64_t units,
+                       int64_t n_classes, int64_t layers) {
+  const auto settle = [&](auto scalar) {
+    using T = decltype(scalar);
+    std::vector<Sample<T>> shared(samples);
+    simt::launch({blocks_of(samples, 64), 1}, {64, 1}, sample_kernel<T>,
+                 static_cast<const T*>(losses), shared.data(), samples, BlameKind(kind));
+    const SettleArguments<T> q{static_cast<const T*>(contribution),
+                               shared.data(),
+                               labels,
+                               static_cast<T*>(rows),
+                               static_cast<T*>(per_class),
+                               static_cast<T*>(per_sample),
+                               T(1 / scale),
+                               samples,
+                               units,
+                               n_classes,
+                               layers};
+    simt::launch({blocks_of(units, lanes_x), 1}, {lanes_x, lanes_y}, columns_kernel<T>, q);
+    each_layer_group(sizes, layers, [&](const LayerGroup& group, unsigned count) {
+      simt::launch({blocks_of(samples, lanes_y), count}, {lanes_x, lanes_y}, layers_kernel<T>, q,
+                   group);
+    });
+  };
+  wide ? settle(double{}) : settle(float{});
+}
+
+void elementary_float(bool logarithm, const float* x, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = logarithm ? log_one_plus(x[i]) : exp_minus_one(x[i]);
 }
 }

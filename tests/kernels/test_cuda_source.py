@@ -114,3 +114,48 @@ def test_blame_reduce(simt, shape, units_inner, gradient, dtype):
     expected = reference.blame_reduce(a, delta, -1, gradient)
     close(contribution, expected[0], scale=10.0)
     close(stats, expected[1], scale=10.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", range(3), ids=reference.BLAME_KINDS)
+@pytest.mark.parametrize("with_labels", [True, False], ids=["labels", "none"])
+def test_blame_settle(simt, dtype, kind, with_labels):
+    torch.manual_seed(0)
+    sizes = [1, 40, 0, 26] + 70 * [1]  # more layers than one launch takes
+    samples, units, n_classes = 21, sum(sizes), 11
+    contribution = torch.randn(samples, units).to(dtype)
+    losses = torch.linspace(-0.1, 6, samples).to(dtype)
+    labels = torch.randint(-2, n_classes + 2, (samples,)) if with_labels else None
+    arguments = contribution, losses, labels, n_classes, 0.5, kind, sizes
+    expected = reference.blame_settle(*arguments)
+    results = [torch.full_like(t, float("nan")) for t in expected]
+    results[1].zero_()
+    simt.simt_blame_settle(
+        ctypes.c_bool(dtype == torch.float64),
+        ctypes.c_int(kind),
+        *(pointer(t) for t in (contribution, losses, labels)),
+        ctypes.c_double(0.5),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        *(pointer(t) for t in results),
+        *integers(samples, units, n_classes, len(sizes)),
+    )
+    for got, want in zip(results, expected, strict=True):
+        close(got, want, scale=10.0)
+
+
+@pytest.mark.parametrize("logarithm", [False, True], ids=["expm1", "log1p"])
+def test_float32_expm1_and_log1p(simt, logarithm):
+    """Relative accuracy over the whole range, down to subnormal numbers."""
+    tiny = torch.logspace(-42, -3, 100_001, dtype=torch.float64)
+    if logarithm:
+        x = torch.cat([tiny, -tiny, torch.logspace(-3, 37, 100_001), tiny[tiny > 6e-8] - 1])
+        x = torch.cat([x, torch.linspace(-0.999, 3, 100_001, dtype=torch.float64)])
+    else:
+        x = torch.cat([tiny, -tiny, torch.linspace(-110, 88, 200_001), -tiny.reciprocal()])
+    x = torch.cat([x.float(), torch.tensor([0.0, float("nan")])])
+    y = torch.empty_like(x)
+    simt.elementary_float(
+        ctypes.c_bool(logarithm), pointer(x), pointer(y), ctypes.c_int64(x.numel())
+    )
+    exact = torch.log1p(x.double()) if logarithm else torch.expm1(x.double())
+    torch.testing.assert_close(y.double(), exact, rtol=3e-7, atol=1e-44, equal_nan=True)

@@ -13,7 +13,7 @@ from torchbp import kernels
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-QUICK = "equals_torch or accurate or special or conversions or layout or float16"
+QUICK = "equals_torch or accurate or special or conversions or layout or float16 or element"
 
 
 def python(*arguments: str, **environment: str) -> str:
@@ -30,7 +30,8 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 def run_tests(**environment: str) -> None:
-    files = [str(HERE / name) for name in ("test_bias_act.py", "test_blame_reduce.py")]
+    names = ("test_bias_act.py", "test_blame_reduce.py", "test_blame_settle.py")
+    files = [str(HERE / name) for name in names]
     python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *files, **environment)
 
 

@@ -39,6 +39,14 @@ CALLS = {
     ),
     "blame_reduce": (OPS.blame_reduce.default, (X, X, -1, False)),
     "blame_reduce image": (OPS.blame_reduce.default, (IMAGE, IMAGE, 1, True)),
+    "blame_settle": (
+        OPS.blame_settle.default,
+        (X, B.new_ones(6), torch.arange(6), 4, 0.5, 1, [2, 3]),
+    ),
+    "blame_settle plain": (
+        OPS.blame_settle.default,
+        (X[:, ::2].double(), torch.ones(6).double(), None, 4, 0.5, 2, []),
+    ),
     "blame_reduce half": (OPS.blame_reduce.default, (X.half(), X.half(), 1, False)),
 }
 
@@ -102,7 +110,7 @@ def test_other_devices_get_the_reference():
     """Meta tensors follow the fake rule; every other backend has a kernel to fall back to."""
     y = kernels.bias_act(X.to("meta"), B.to("meta"), "gelu")
     assert y.shape == X.shape and y.device.type == "meta"
-    for name in ("bias_act", "bias_act_backward", "blame_reduce"):
+    for name in ("bias_act", "bias_act_backward", "blame_reduce", "blame_settle"):
         for backend in ("CUDA", "MPS", "XPU"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
                 f"torchbp::{name}", backend

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from torchbp.blame.frame import Frame, LayerFrame
 
-#: Above this many classes a one-hot product costs more than scattered adds.
-_FEW_CLASSES = 64
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -47,32 +44,6 @@ class UnitSums:
     elements: tuple[int, ...]
     samples: int
     loss: float
-
-    @staticmethod
-    def of(
-        layout: Layout,
-        blame: Tensor,
-        stats: Tensor,
-        elements: tuple[int, ...],
-        losses: Tensor,
-        labels: Tensor | None,
-        n_classes: int,
-    ) -> UnitSums:
-        """Reduce one step.
-
-        Args:
-            layout: where the layers stand.
-            blame: ``[N, U]``.
-            stats: ``[3, U]`` as :func:`torchbp.kernels.blame_reduce` gives them, unscaled.
-            elements: per layer, activations of one unit.
-            losses: ``[N]``.
-            labels: ``[N]`` true classes, or ``None``.
-            n_classes: how many there are.
-        """
-        signed = [blame.sum(0), blame.abs().sum(0), (blame * blame).sum(0)]
-        per_class = None if labels is None else _by_class(blame, labels, n_classes)
-        rows = torch.cat([torch.stack(signed), stats])
-        return UnitSums(layout, rows, per_class, elements, len(losses), float(losses.sum()))
 
     def add(self, other: UnitSums) -> None:
         """Add another step of the same layout."""
@@ -148,13 +119,6 @@ def merged(groups: Sequence[UnitSums]) -> UnitSums:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()
-
-
-def _by_class(blame: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    if n_classes <= _FEW_CLASSES:
-        classes = torch.arange(n_classes, device=labels.device)[:, None]
-        return (classes == labels).to(blame.dtype) @ blame
-    return blame.new_zeros(n_classes, blame.shape[1]).index_add_(0, labels.clamp(min=0), blame)
 
 
 class SampleLedger:

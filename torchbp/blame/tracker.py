@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from torchbp.blame.capture import INPUT, NO_LAYER, first_tensor, leaves, named_layers, unknown
-from torchbp.blame.definitions import LossHead, link_blame, one_term_reason
+from torchbp.blame.definitions import LossHead, one_term_reason
 from torchbp.blame.error_scale import candidates, fit
 from torchbp.blame.frame import Frame
 from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, add_up, merged
 from torchbp.blame.methods import METHODS
 from torchbp.blame.report import Report
+from torchbp.blame.settle import Step, settle
 from torchbp.blame.watch import Entry, Pending, Watch
 
 LIVE_METHODS = ("gradient", "taylor", "link")
@@ -154,11 +155,11 @@ class BlameTracker:
             self._heads = [head]
         if self.method == "link":
             self._check_link(head, output, targets)
-        entries = pending.entries
+        step = Step(head, scale, losses, targets, output)
         if not math.isfinite(scale) or not bool(torch.isfinite(losses.sum())):
-            self._report_nonfinite(entries, now, whole_step=True)
-            return
-        self._settle(entries, now, output, targets, head, scale, losses, samples)
+            self._report_nonfinite(pending.entries, now, whole_step=True)
+        else:
+            self._settle(step, pending.entries, now, samples)
 
     def _check_link(self, head: LossHead, output: Tensor, targets: Tensor) -> None:
         reason = one_term_reason(head, output, targets)
@@ -168,45 +169,19 @@ class BlameTracker:
                 "BlameTracker(method='taylor')"
             )
 
-    def _settle(
-        self,
-        entries: list[Entry],
-        now: int,
-        output: Tensor,
-        targets: Tensor,
-        head: LossHead,
-        scale: float,
-        losses: Tensor,
-        samples: Tensor | None,
-    ) -> None:
-        bad = self._report_nonfinite(entries, now)
-        entries = [e for e in entries if e.name not in bad]
-        if not entries:
-            return
-        for e in entries:
-            if len(e.contribution) != len(losses):
-                raise ValueError(
-                    f"layer {e.name!r}: dimension 0 has size {len(e.contribution)}, but there are "
-                    f"{len(losses)} samples; it must run over samples"
-                )
-        layout = Layout(
-            tuple(e.name for e in entries), tuple(e.contribution.shape[1] for e in entries)
-        )
-        blame = torch.cat([e.contribution for e in entries], 1).div_(scale)
-        if self.method == "link":
-            first = self._coupled_columns(layout)
-            rest = link_blame(head, blame[:, first:], losses.to(blame.dtype), targets)
-            blame = rest if first == 0 else torch.cat([blame[:, :first], rest], 1)
-        stats = torch.cat([e.stats for e in entries], 1)
-        stats[2] /= scale * scale
-        classes = head.kind == "cross_entropy" and not targets.is_floating_point()
-        labels = targets if classes and targets.dim() == 1 else None
-        sums = UnitSums.of(
-            layout, blame, stats, tuple(e.elements for e in entries), losses, labels,
-            output.shape[1] if labels is not None else 0,
-        )  # fmt: skip
+    def _settle(self, step: Step, entries: list[Entry], now: int, samples: Tensor | None) -> None:
+        sums, per_sample = settle(step, entries, self.method, self._first_order(entries))
+        bad: list[str] = []
+        if not bool(torch.isfinite(sums.rows.sum())):
+            bad = self._report_nonfinite(entries, now)
+            good = [e for e in entries if e.name not in bad]
+            if not good:
+                return
+            sums, per_sample = settle(step, good, self.method, self._first_order(good))
         if samples is not None:
-            self._add_samples(samples, losses, layout.split(blame), labels, output)
+            self._samples = self._samples or SampleLedger()
+            predictions = None if step.labels is None else step.output.argmax(1)
+            self._samples.add(samples, step.losses, per_sample, step.labels, predictions)
         self._last = sums, now, tuple(bad)
         add_up(self._sums, sums)
         if self._logger is not None:
@@ -215,22 +190,22 @@ class BlameTracker:
             if now % self.log_every < self.every:
                 self._log(now)
 
-    def _coupled_columns(self, layout: Layout) -> int:
-        """How many units, the first in forward order, `link` must leave at first order.
+    def _first_order(self, entries: list[Entry]) -> frozenset[str]:
+        """Layers that `link` must leave at first order.
 
         It divides by the sample's own probability of error; above a batch norm in training mode
         the error signal of a well-fitted sample is mostly that of others.
         """
-        coupled = [name for name in layout.names if name in self._watch.coupled]
+        coupled = self._watch.coupled if self.method == "link" else frozenset()
         if coupled:
+            names = [repr(e.name) for e in entries if e.name in coupled]
             self._warn_once(
                 "coupled",
-                "batch norm in training mode mixes samples behind "
-                + ", ".join(map(repr, coupled))
-                + ": method 'link' keeps these layers at first order (taylor)",
+                f"batch norm in training mode mixes samples behind {', '.join(names)}: method "
+                "'link' keeps these layers at first order (taylor)",
                 UserWarning,
             )
-        return sum(n for name, n in zip(layout.names, layout.sizes, strict=True) if name in coupled)
+        return coupled
 
     def _log(self, now: int) -> None:
         if not self._window:
@@ -240,19 +215,9 @@ class BlameTracker:
         self._window, self._bad = [], set()
         self._logger.log(frame)
 
-    def _add_samples(
-        self, samples: Tensor, losses: Tensor, blame: dict[str, Tensor], labels: Any, output: Tensor
-    ) -> None:
-        self._samples = self._samples or SampleLedger()
-        totals = {name: value.sum(1) for name, value in blame.items()}
-        predictions = None if labels is None else output.argmax(1)
-        self._samples.add(samples, losses, totals, labels, predictions)
-
     def _report_nonfinite(
         self, entries: list[Entry], now: int, whole_step: bool = False
     ) -> list[str]:
-        if not whole_step and bool(torch.isfinite(sum(e.stats[1:].sum() for e in entries))):  # type: ignore[arg-type]
-            return []
         bad = []
         for e in entries:
             what = [

@@ -12,12 +12,15 @@ Environment, read on import:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .reference import BLAME_KINDS
 from .registration import load
 
-__all__ = ["HAS_EXT", "bias_act", "bias_act_backward", "blame_reduce", "status"]
+__all__ = ["HAS_EXT", "bias_act", "bias_act_backward", "blame_reduce", "blame_settle", "status"]
 
 _extension, _why_not = load()
 
@@ -28,6 +31,8 @@ HAS_EXT: bool = _extension is not None
 _bias_act = torch.ops.torchbp.bias_act.default
 _bias_act_backward = torch.ops.torchbp.bias_act_backward.default
 _blame_reduce = torch.ops.torchbp.blame_reduce.default
+_blame_settle = torch.ops.torchbp.blame_settle.default
+_kind_number = {name: number for number, name in enumerate(BLAME_KINDS)}
 
 
 def bias_act(
@@ -105,6 +110,54 @@ def blame_reduce(
         RuntimeError: An argument is not as described.
     """
     return _blame_reduce(activation, error, unit_dim, gradient)
+
+
+def blame_settle(
+    contribution: Tensor,
+    losses: Tensor,
+    labels: Tensor | None = None,
+    n_classes: int = 0,
+    scale: float = 1.0,
+    kind: str = "taylor",
+    sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Turn contributions into blame and sum it every way, without storing it.
+
+    With ``t = contribution / scale`` and ``l`` the loss of the sample, the blame of a unit is
+
+    - ``taylor``: ``b = t``;
+    - ``log_odds``: ``b = min(-log1p(r * expm1(-t / r)), l)`` with ``r = 1 - exp(-l)``, evaluated so
+      that it neither overflows nor cancels; 0 where ``l`` is 0. See
+      `torchbp.blame.definitions.log_odds_blame`;
+    - ``squared``: ``b = t - t ** 2 / (4 * l)``; ``t`` where ``l`` is 0. See
+      `torchbp.blame.definitions.squared_error_blame`.
+
+    In ``log_odds``, losses between 0 and 1e-30 (float64: 1e-290) count as that. NaN and infinity
+    stay in the sums that they belong to.
+
+    Args:
+        contribution: Shape ``[N, U]``, all layers side by side; float32 or float64.
+        losses: ``l``, shape ``[N]``; dtype and device of ``contribution``.
+        labels: True classes, int64, shape ``[N]``; None for none. A label outside
+            ``[0, n_classes)`` counts in no class.
+        n_classes: How many classes there are.
+        scale: Divides the contributions; not 0.
+        kind: ``taylor``, ``log_odds`` or ``squared``.
+        sizes: Columns of each of ``L`` layers, ``U`` in all; may be empty.
+
+    Returns:
+        ``rows`` ``[3, U]``: over samples, the sum of ``b``, of ``|b|`` and of ``b ** 2``.
+        ``per_class`` ``[n_classes, U]`` (``[0, U]`` without labels): the sum of ``b`` over the
+        samples of each class. ``per_sample`` ``[N, L]``: the sum of ``b`` over the columns of each
+        layer. All of the dtype of ``contribution``; they do not depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    number = _kind_number.get(kind)
+    if number is None:
+        raise RuntimeError(f"kind: expected {', '.join(BLAME_KINDS)}, got {kind}")
+    return _blame_settle(contribution, losses, labels, n_classes, scale, number, sizes)
 
 
 def status() -> dict[str, str | bool]:

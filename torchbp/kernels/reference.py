@@ -7,7 +7,7 @@ and ``float16`` tensors are kept in ``float32``, as the compiled kernels keep th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -182,3 +182,92 @@ def blame_reduce(
     contribution = (delta if gradient else a * delta).sum(2)
     zeros = (a == 0).sum((0, 2)).to(a.dtype)
     return contribution, torch.stack([zeros, a.square().sum((0, 2)), delta.square().sum((0, 2))])
+
+
+# In the order of their numbers.
+BLAME_KINDS = ("taylor", "log_odds", "squared")
+
+
+def _check_one_per_sample(t: Tensor, name: str, samples: int) -> None:
+    if t.dim() != 1 or t.shape[0] != samples:
+        raise RuntimeError(
+            f"{name}: expected one for each of {samples} samples, got shape {tuple(t.shape)}"
+        )
+
+
+def check_blame_settle(
+    contribution: Tensor,
+    losses: Tensor,
+    labels: Tensor | None,
+    n_classes: int,
+    scale: float,
+    kind: int,
+    sizes: Sequence[int],
+) -> None:
+    """Raise RuntimeError where an argument of `blame_settle` is not as documented."""
+    if contribution.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"contribution: expected float32 or float64, got {contribution.dtype}")
+    if contribution.dim() != 2:
+        raise RuntimeError(f"contribution: expected samples x units, got {contribution.dim()} dims")
+    samples, units = contribution.shape
+    _check_one_per_sample(losses, "losses", samples)
+    _check_alike(losses, "losses", contribution, "contribution")
+    if labels is not None:
+        _check_one_per_sample(labels, "labels", samples)
+        if labels.dtype != torch.int64:
+            raise RuntimeError(f"labels: expected int64, got {labels.dtype}")
+        if labels.device != contribution.device:
+            raise RuntimeError("labels: expected the device of contribution")
+    if n_classes < 0:
+        raise RuntimeError(f"n_classes: expected 0 or more, got {n_classes}")
+    if scale == 0:
+        raise RuntimeError("scale: expected a number other than 0")
+    if kind not in range(len(BLAME_KINDS)):
+        raise RuntimeError(f"kind: expected 0 (taylor), 1 (log_odds) or 2 (squared), got {kind}")
+    if any(size < 0 for size in sizes):
+        raise RuntimeError(f"sizes: expected 0 or more columns in a layer, got {min(sizes)}")
+    if len(sizes) > 0 and sum(sizes) != units:
+        raise RuntimeError(
+            f"sizes: expected a sum of {units}, the columns of contribution, got {sum(sizes)}"
+        )
+
+
+def settled_blame(taylor: Tensor, losses: Tensor, kind: int) -> Tensor:
+    """Blame ``[N, U]`` of one of `BLAME_KINDS`, from its first order and the losses ``[N]``."""
+    loss = losses[:, None]
+    if BLAME_KINDS[kind] == "taylor":
+        return taylor
+    if BLAME_KINDS[kind] == "squared":
+        return torch.where(loss > 0, taylor - taylor * taylor / (4 * loss), taylor)
+    r = -torch.expm1(-loss)
+    gain = torch.where(r > 0, -taylor / r, 0 * taylor)
+    blame = -torch.log1p(r * torch.expm1(gain.clamp(max=80)))
+    # Where the first form overflows, or cancels. Both are of log(exp(-l) + r exp(gain)).
+    far = (gain > 80) | ((gain < -4) & (loss > 4))
+    blame = torch.where(far, -torch.logaddexp(-loss, r.log() + gain), blame)
+    return torch.minimum(blame, loss)
+
+
+def blame_settle(
+    contribution: Tensor,
+    losses: Tensor,
+    labels: Tensor | None,
+    n_classes: int,
+    scale: float,
+    kind: int,
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `torchbp.kernels.blame_settle`; same results and errors, ``kind`` a number."""
+    check_blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
+    blame = settled_blame(contribution * (1 / scale), losses, kind)
+    rows = torch.stack([blame.sum(0), blame.abs().sum(0), blame.square().sum(0)])
+    per_class = blame.new_zeros(0 if labels is None else n_classes, blame.shape[1])
+    if labels is not None:
+        # One row more takes the labels out of range.
+        row = torch.where((labels >= 0) & (labels < n_classes), labels, n_classes)
+        wide = blame.new_zeros(n_classes + 1, blame.shape[1]).index_add_(0, row, blame)
+        per_class = wide[:n_classes].clone()
+    per_sample = blame.new_zeros(len(blame), len(sizes))
+    if len(sizes) > 0:
+        per_sample = torch.stack([part.sum(1) for part in blame.split(list(sizes), 1)], 1)
+    return rows, per_class, per_sample

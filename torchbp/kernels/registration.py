@@ -24,6 +24,8 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",
     "blame_reduce(Tensor activation, Tensor error, int unit_dim, bool gradient)"
     " -> (Tensor, Tensor)",
+    "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
+    " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)",
 )
 
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its Library
@@ -51,6 +53,7 @@ def load() -> tuple[ModuleType | None, str]:
         ("bias_act", _fake_bias_act),
         ("bias_act_backward", _fake_bias_act_backward),
         ("blame_reduce", _fake_blame_reduce),
+        ("blame_settle", _fake_blame_settle),
     ):
         torch.library.register_fake(f"torchbp::{name}", fake)
     for name, rule in (
@@ -93,6 +96,24 @@ def _fake_blame_reduce(
     return (
         activation.new_empty((samples, units), dtype=dtype),
         activation.new_empty((3, units), dtype=dtype),
+    )
+
+
+def _fake_blame_settle(
+    contribution: Tensor,
+    losses: Tensor,
+    labels: Tensor | None,
+    n_classes: int,
+    scale: float,
+    kind: int,
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
+    samples, units = contribution.shape
+    return (
+        contribution.new_empty((3, units)),
+        contribution.new_empty((0 if labels is None else n_classes, units)),
+        contribution.new_empty((samples, len(sizes))),
     )
 
 

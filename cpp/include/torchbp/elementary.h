@@ -1,6 +1,7 @@
-// exp, tanh and the normal distribution without branches or library calls, so that loops vectorise.
-// The float32 polynomials are our own minimax fits (Lawson's iteration on Chebyshev nodes); each
-// states the relative error of the exact polynomial. float64 uses the C++ library.
+// exp, expm1, log1p, tanh and the normal distribution without branches or library calls, so that
+// loops vectorise. The float32 polynomials are our own minimax fits (Lawson's iteration on
+// Chebyshev nodes); each states the relative error of the exact polynomial. float64 uses the C++
+// library.
 #pragma once
 #include <cmath>
 
@@ -8,9 +9,14 @@
 
 namespace torchbp {
 
-// exp(x + small) for x in [-104, 89] and |small| << 1, which lets a caller pass an argument that
-// one float cannot hold exactly. The remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
-TORCHBP_HD float exp_of_sum(float x, float small) {
+// exp(x + small) = (1 + fraction) 2^exponent with |fraction| < 0.42, for x in [-104, 89] and
+// |small| << 1, which lets a caller pass an argument that one float cannot hold exactly. The
+// remainder polynomial has error 3e-9 on |r| <= log(2) / 2.
+struct Power {
+  float fraction;
+  int32_t exponent;
+};
+TORCHBP_HD Power power_of_sum(float x, float small) {
   const float shifted = x * 1.44269504f + 0x1.8p23f;  // the low mantissa bits hold round(x / log 2)
   const float n = shifted - 0x1.8p23f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f + small;  // log(2) in two parts
@@ -19,17 +25,49 @@ TORCHBP_HD float exp_of_sum(float x, float small) {
   p = p * r + 4.166838805e-2f;
   p = p * r + 1.666652063e-1f;
   p = p * r + 4.999999345e-1f;
-  // 2^n in two factors reaches every subnormal, and infinity.
-  const int32_t k = int32_t(std::bit_cast<uint32_t>(shifted) - 0x4b400000u), half = k >> 1;
-  const float scale0 = std::bit_cast<float>(uint32_t(half + 127) << 23);
-  const float scale1 = std::bit_cast<float>(uint32_t(k - half + 127) << 23);
-  return (p * r * r + r + 1.f) * scale0 * scale1;
+  return {p * r * r + r, int32_t(std::bit_cast<uint32_t>(shifted) - 0x4b400000u)};
+}
+// 2^k for k in [-126, 127]
+TORCHBP_HD float power_of_two(int32_t k) { return std::bit_cast<float>(uint32_t(k + 127) << 23); }
+
+TORCHBP_HD float exp_of_sum(float x, float small) {
+  const Power p = power_of_sum(x, small);
+  // 2^k in two factors reaches every subnormal, and infinity.
+  const int32_t half = p.exponent >> 1;
+  return (p.fraction + 1.f) * power_of_two(half) * power_of_two(p.exponent - half);
 }
 // The bounds give exactly 0 and infinity; NaN stays.
 TORCHBP_HD float exponential(float x) {
   return exp_of_sum(x < -104.f ? -104.f : x > 89.f ? 89.f : x, 0.f);
 }
 TORCHBP_HD double exponential(double x) { return ::exp(x); }
+
+// exp(x) - 1 for x <= 88
+TORCHBP_HD float exp_minus_one(float x) {
+  const Power p = power_of_sum(x < -18.f ? -18.f : x, 0.f);
+  const float scale = power_of_two(p.exponent);
+  return p.fraction * scale + (scale - 1.f);
+}
+TORCHBP_HD double exp_minus_one(double x) { return ::expm1(x); }
+
+// log(1 + z) for -1 < z < 2^126. With 1 + z = (1 + f) 2^k and |f| <= 1/3, f comes from z itself, so
+// that it keeps the digits that 1 + z drops. The polynomial has error 5e-9.
+TORCHBP_HD float log_one_plus(float z) {
+  const uint32_t above = std::bit_cast<uint32_t>(1.f + z) - 0x3f2aaaabu;  // the bits of 2/3
+  const int32_t k = int32_t(above) >> 23;
+  const float scale = power_of_two(-k), f = z * scale + (scale - 1.f), n = float(k);
+  float p = -1.289160091e-1f;
+  p = p * f + 1.398446719e-1f;
+  p = p * f - 1.218427781e-1f;
+  p = p * f + 1.400586253e-1f;
+  p = p * f - 1.668048642e-1f;
+  p = p * f + 2.001040633e-1f;
+  p = p * f - 2.499979768e-1f;
+  p = p * f + 3.333321598e-1f;
+  const float small = n * -2.12194440e-4f + f * f * (p * f - 0.5f);  // log(2) in two parts
+  return n * 0.693359375f + (small + f);
+}
+TORCHBP_HD double log_one_plus(double z) { return ::log1p(z); }
 
 TORCHBP_HD float magnitude(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7fffffffu);
