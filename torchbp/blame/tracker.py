@@ -151,7 +151,7 @@ class BlameTracker:
         samples = None if samples is None else _sample_ids(samples, len(output))
         heads = self._heads or candidates(output, targets)
         head, scale, losses = fit(heads, output, error, targets, loss.detach())
-        if len(heads) > 1 and bool(error.any()):  # else it told no loss from another
+        if self._heads is None and (len(heads) == 1 or bool(error.any())):
             self._heads = [head]
         if self.method == "link":
             self._check_link(head, output, targets)
