@@ -19,17 +19,17 @@ help:
 
 setup: $(READY)
 
-# torch comes first: the extension is built against the torch it will run with.
+# torch comes first: the extension is built against the torch it will run with. Byte-compiling
+# every file of every package would take minutes; Python compiles what it imports.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
 $(READY): pyproject.toml setup.py requirements-dev.txt constraints.txt $(CPP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "torchbp needs Python 3.10 or newer; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  torch setuptools wheel numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation --editable '.[experiments]'
+	$(PIP) torch setuptools wheel numpy
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-build-isolation --editable '.[experiments]'
 	@$(BIN)/torchbp doctor
 	@touch $@
 
