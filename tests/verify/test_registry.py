@@ -23,7 +23,7 @@ LEFT_OUT = {
     "dropout tangent": ("calls no torchbp op",),
     # The statistics come from torch's kernel, whose last bit depends on the threads.
     "batch_norm threads": ("torch's twin fails too",),
-    # From 2.14 on torch's batching rule takes absent running statistics for unbatched ones.
+    # Running statistics that are shared by the batched calls cannot be updated by them.
     "batch_norm vmap": ("running_mean or running_var, which will be updated in place",),
 }
 
