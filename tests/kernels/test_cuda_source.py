@@ -142,8 +142,8 @@ def test_blame_settle(simt, dtype, kind, with_labels):
     for got, want in zip(results, expected, strict=True):
         close(got, want, scale=10.0)
     if reference.BLAME_KINDS[kind] == "taylor":
-        # To the bit: one thread adds up a class, in the order of samples. Two would be a race, which
-        # this harness can only see by the order of its terms.
+        # To the bit: one thread adds up a class, in the order of samples. Two would race, which
+        # this harness sees by the order of the terms alone.
         assert torch.equal(results[1], expected[1])
 
 

@@ -62,7 +62,6 @@ class Problem:
     layers: Sequence[str | nn.Module] | str | None = None
     baseline: Any = None
     n_steps: int = 1
-    state: dict[str, Tensor] = field(default_factory=dict)
     wanted: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,13 +83,14 @@ class Problem:
                 UserWarning,
                 stacklevel=4,
             )
-        everything = [*self.model.parameters(), *self.model.buffers()]
+        devices = cuda_devices([*self.model.parameters(), *self.model.buffers()])
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.random.fork_rng(cuda_devices(everything)),
+            torch.random.fork_rng(devices),
         ):
-            self._rng = torch.get_rng_state()
+            self._rng: dict[int | None, Tensor] = {d: torch.cuda.get_rng_state(d) for d in devices}
+            self._rng[None] = torch.get_rng_state()
             yield
 
     def fresh_state(self) -> dict[str, Tensor]:
@@ -100,8 +100,12 @@ class Problem:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output; every call sees the same random numbers."""
-        torch.set_rng_state(self._rng)
-        return functional_call(self.model, self.state or self.fresh_state(), args, kwargs)
+        for device, state in self._rng.items():
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
+        return functional_call(self.model, self.fresh_state(), args, kwargs)
 
     def run(self, args: tuple[Any, ...] | None = None, *, mode: Any = None) -> Run:
         """Forward pass and losses, with every wanted layer's output on record.
