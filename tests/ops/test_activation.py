@@ -26,7 +26,8 @@ def test_special_values_pass_as_in_torch(name, grad_output):
         value_and_grad(f, torch.tensor(SPECIAL, dtype=torch.float64), grad_output)
         for f in PAIRS[name]
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-300, equal_nan=True)
+    # torch's Phi(-30) is 0, ours is not: the gradient of gelu there differs in its 198th place.
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-196, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,18 +71,18 @@ def test_in_place_with_a_negative_slope_keeps_the_gradient():
 
 def test_complex_gradients_are_conjugated_as_in_torch():
     x = torch.randn(5, dtype=torch.complex128)
-    for name in ("tanh", "sigmoid", "silu"):
+    for name in ("tanh", "sigmoid"):  # torch's own silu has no complex derivative
         theirs, ours = (value_and_grad(f, x, 1.5 - 2j) for f in PAIRS[name])
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 def test_gelu_names_the_approximation_it_does_not_know():
-    with pytest.raises(RuntimeError, match="approximate.*'cubic'"):
+    with pytest.raises(RuntimeError, match=r"approximate.*'cubic'"):
         B.gelu(torch.zeros(2), approximate="cubic")
 
 
 def test_bias_act_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="activation must be one of identity, relu.*'swish'"):
+    with pytest.raises(ValueError, match=r"activation must be one of identity, relu.*'swish'"):
         B.bias_act(torch.zeros(2, 3), torch.zeros(3), "swish")
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\).*\(2,\)"):
         B.bias_act(torch.zeros(2, 3), torch.zeros(2))
