@@ -30,6 +30,11 @@ def test_channels_are_units_after_a_convolution_and_features_after_a_linear():
     assert [c.unit_dim for c in calls_of(model, torch.randn(4, 2, 2, 5))] == [-1, -1]
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((2, 3), -1), ((2, 5, 3), -1), ((2, 3, 4, 4), 1)])
+def test_an_activation_of_unknown_origin_goes_by_its_dimensions(shape, dim):
+    assert [c.unit_dim for c in calls_of(nn.Sequential(nn.Tanh()), torch.randn(shape))] == [dim]
+
+
 def test_a_reused_module_has_a_name_per_call():
     act = nn.ReLU()
     model = nn.Sequential(nn.Linear(3, 3), act, nn.Linear(3, 3), act)

@@ -178,8 +178,6 @@ class Watch:
         activation, pending = value.detach(), self._pending
 
         def on_error(error: Tensor) -> None:
-            if pending is not self._pending:
-                return  # a backward that came after its step
             if activation._version != version:
                 self._overwritten(name)
                 return
