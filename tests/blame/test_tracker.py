@@ -113,6 +113,34 @@ def test_frame_statistics_are_those_of_the_activations():
     torch.testing.assert_close(tracker.frame.loss, float(loss) / len(x))
 
 
+def test_frames_between_logs_add_up_and_do_not_disturb_each_other():
+    class Frames:
+        def __init__(self) -> None:
+            self.seen = []
+
+        def log(self, frame):
+            self.seen.append(frame)
+
+        def close(self):
+            pass
+
+    model, x, y = mlp()
+    tracker, frames = BlameTracker(model, method="taylor", log_every=3), Frames()
+    tracker._logger = frames
+    with tracker:
+        for _ in range(5):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            tracker.step(loss, targets=y)
+    blame = attribute(model, x, y, F.cross_entropy, "taylor")
+    assert [f.step for f in frames.seen] == [0, 3, 4]
+    for frame, steps in zip(frames.seen, (1, 3, 1), strict=True):
+        assert frame.samples == steps * len(x)
+        layer = frame.layers["1"]
+        torch.testing.assert_close(layer.blame, steps * blame.per_unit("1"))
+        torch.testing.assert_close(layer.per_class, steps * blame.per_class("1"))
+
+
 def test_every_tracks_one_step_in_that_many():
     model, x, y = mlp()
     report = track(model, x, y, steps=7, every=3).report()

@@ -50,12 +50,7 @@ class UnitSums:
         # Sums run over a whole training, so they are kept in double precision where there is one.
         self.rows = _wide(self.rows) + other.rows
         if self.per_class is not None and other.per_class is not None:
-            if len(other.per_class) > len(self.per_class):
-                grown = self.per_class.new_zeros(other.per_class.shape)
-                grown[: len(self.per_class)] = self.per_class
-                self.per_class = grown
-            self.per_class = _wide(self.per_class)
-            self.per_class[: len(other.per_class)] += other.per_class
+            self.per_class = _padded_sum(_wide(self.per_class), other.per_class)
         self.elements = tuple(a + b for a, b in zip(self.elements, other.elements, strict=True))
         self.samples += other.samples
         self.loss += other.loss
@@ -115,6 +110,14 @@ def merged(groups: Sequence[UnitSums]) -> UnitSums:
         sum(group.samples for group in groups),
         sum(group.loss for group in groups),
     )
+
+
+def _padded_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of two tables of classes, of which one may have fewer rows. Neither is written to."""
+    long, short = (a, b) if len(a) >= len(b) else (b, a)
+    total = long.to(a.dtype, copy=True)
+    total[: len(short)] += short
+    return total
 
 
 def _wide(tensor: Tensor) -> Tensor:
