@@ -99,6 +99,23 @@ def test_link_stays_first_order_where_batch_norm_couples_the_samples():
         track(model, x, y, "link", steps=1)
 
 
+def test_link_with_class_weights():
+    model, x, y = mlp()
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64))
+    expected = attribute(model, x, y, loss_fn, "link")
+    for told in (loss_fn, None):
+        with BlameTracker(model, loss_fn=told) as tracker:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            if told is None:
+                with pytest.raises(ValueError, match="error signal at the model's output"):
+                    tracker.step(loss, targets=y)
+                continue
+            tracker.step(loss, targets=y)
+        for name in expected:
+            torch.testing.assert_close(tracker.report().per_unit(name), expected.per_unit(name))
+
+
 def test_frame_statistics_are_those_of_the_activations():
     model, x, y = mlp()
     tracker = track(model, x, y, steps=1)

@@ -176,9 +176,8 @@ class SampleLedger:
 
     def suspicion(self) -> Tensor:
         """``[n]`` mean loss of every sample over the steps that saw it; NaN if none did."""
-        return self.loss / self.seen.where(self.seen > 0, torch.ones_like(self.seen)).where(
-            self.seen > 0, torch.tensor(float("nan"), dtype=torch.float64)
-        )
+        mean = self.loss / self.seen.clamp(min=1)
+        return mean.masked_fill(self.seen == 0, float("nan"))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only."""
