@@ -90,6 +90,14 @@ def test_what_is_left_is_listed_with_the_reason():
     assert "1 of 5 layers are torchbp's" in str(report)
 
 
+def test_a_layer_whose_forward_was_replaced_is_left():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].forward = lambda x: x
+    torchbp.convert(net)
+    assert type(net[1]) is nn.Linear
+    assert [row[2] for row in torchbp.conversion_report(net)] == ["torchbp", "left"]
+
+
 def test_a_failure_half_way_restores_the_model():
     class Stubborn(nn.ReLU):
         def __setattr__(self, name, value):

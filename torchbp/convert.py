@@ -66,7 +66,7 @@ def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> 
     try:
         for module in model.modules():
             old = type(module)
-            if old in classes:
+            if old in classes and "forward" not in vars(module):
                 module.__class__ = classes[old]
                 done.append((module, old))
     except BaseException:
@@ -103,6 +103,8 @@ def conversion_report(model: nn.Module) -> Table:
 
 def _status(module: nn.Module) -> tuple[str, str | None]:
     kind = type(module)
+    if "forward" in vars(module) and (kind in DROP_INS or kind in _TWINS):
+        return "left", "its forward was replaced on the instance"
     if kind in _TWINS:
         return "torchbp", None
     if kind in DROP_INS:

@@ -140,6 +140,8 @@ BAD = [
     (nn.CrossEntropyLoss, lambda c: c(), (image(3, 4), torch.tensor([0, 1]))),
     (nn.BCEWithLogitsLoss, lambda c: c(), (image(3, 4), image(3))),
     (nn.Flatten, lambda c: c(3), (image(3, 4),)),
+    (nn.Linear, lambda c: c(3, 2), ([1.0, 2.0, 3.0],)),
+    (nn.GELU, lambda c: c(), (None,)),
 ]
 
 

@@ -66,6 +66,8 @@ def _door(op: type[Op]) -> Callable[..., Any]:
             return handle_torch_function(call, args, *args)
         else:
             function = op
+        if not isinstance(args[0], Tensor):
+            return op.forward(*args)  # torch's own error for it
         device = args[0].device.type
         if not torch.is_autocast_enabled(device):
             return function.apply(*args)
