@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,14 +16,15 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def paired(
-    a: Callable[[], object], b: Callable[[], object], pairs: int = 9
+    a: Callable[[], object], b: Callable[[], object], pairs: int = 9, seconds: float = 0.02
 ) -> tuple[float, float, float]:
     """Time ``a`` and ``b`` in alternation, so that a busy machine disturbs both alike.
 
     Args:
         a: The candidate.
         b: What it is compared with.
-        pairs: How often each of them is measured; every measurement lasts at least 20 ms.
+        pairs: How often each of them is measured.
+        seconds: How long every measurement lasts at least.
 
     Returns:
         The median over pairs of ``time(b) / time(a)`` (above 1: ``a`` is faster), and the median
@@ -31,7 +33,7 @@ def paired(
     repeats = []
     for call in (a, b):
         call()
-        repeats.append(max(1, round(0.02 / max(_seconds(call, 3), 1e-7))))
+        repeats.append(max(1, math.ceil(seconds / max(_seconds(call, 3), 1e-7))))
     times_a, times_b = [], []
     for pair in range(pairs):
         order = [(a, repeats[0], times_a), (b, repeats[1], times_b)]

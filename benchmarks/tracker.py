@@ -1,6 +1,6 @@
 """What the tracker costs: a training step with it against the same step without.
 
-    python benchmarks/tracker.py [--threads 2] [--pairs 9]
+    python benchmarks/tracker.py [--threads 2] [--pairs 11]
 
 Prints a markdown table. A ratio of 1.10 means that tracking makes the step 10 % longer. Both
 sides train the same model with plain SGD; they alternate, and the median over pairs counts.
@@ -105,14 +105,14 @@ def measure(make: Callable[[], Case], converted: bool, every: int, pairs: int) -
             for _ in range(every):
                 step(twin, x, y, None)
 
-        ratio, ms_plain, ms_tracked = paired(plain, tracked, pairs)
+        ratio, ms_plain, ms_tracked = paired(plain, tracked, pairs, seconds=0.3)
     return ratio, ms_plain / every, ms_tracked / every
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=11)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kernels = status()["isa"]

@@ -50,7 +50,7 @@ def settle(
         step: the loss side.
         entries: the layers, in forward order.
         method: ``"gradient"``, ``"taylor"`` or ``"link"``.
-        first_order: layers that ``link`` must leave at first order; they come first.
+        first_order: layers that ``link`` must leave at first order.
 
     Returns:
         The sums over samples, and ``[N]`` per layer.
@@ -66,9 +66,8 @@ def settle(
                 f"{n} samples; it must run over samples"
             )
     kind = "taylor" if method != "link" else "squared" if step.head.kind == "mse" else "log_odds"
-    split = sum(e.name in first_order for e in entries) if method == "link" else 0
-    parts = [(entries[:split], "taylor"), (entries[split:], kind)]
-    done = [_part(step, some, how) for some, how in parts if some]
+    # Layer by layer: joining the contributions first would copy them all.
+    done = [_layer(step, e, "taylor" if e.name in first_order else kind) for e in entries]
     layout = Layout(tuple(e.name for e in entries), tuple(e.contribution.shape[1] for e in entries))
     stats = torch.cat([e.stats for e in entries], 1)
     stats[2] /= step.scale**2
@@ -80,15 +79,15 @@ def settle(
     return sums, dict(zip(layout.names, per_sample, strict=True))
 
 
-def _part(step: Step, entries: Sequence[Entry], kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    contribution = _joined([e.contribution for e in entries])
-    losses, labels, scale = step.losses.to(contribution.dtype), step.labels, step.scale
+def _layer(step: Step, entry: Entry, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    contribution, scale = entry.contribution, step.scale
+    losses, labels = step.losses.to(contribution.dtype), step.labels
     if kind == "log_odds" and sample_weights(step.head, step.targets) is not None:
         # Class weights are rare: the kernel does without them.
         contribution = link_blame(step.head, contribution / scale, losses, step.targets)
         kind, scale = "taylor", 1.0
     n_classes = 0 if labels is None else step.output.shape[1]
-    sizes = [e.contribution.shape[1] for e in entries]
+    sizes = (contribution.shape[1],)
     return kernels.blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
 
 
