@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchbp import BlameTracker
+from torchbp.blame import Report
 
 
 @dataclass
@@ -84,6 +89,30 @@ def train(
             F.cross_entropy(model(data.x[index]), data.y[index]).backward()
             optimizer.step()
     model.eval()
+
+
+def train_tracked(
+    model: nn.Module, data: Split, epochs: int, seed: int, desc: str, **options: Any
+) -> Report:
+    """Train with the tracker on at every step; ``options`` are the tracker's."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(data) // 64)
+    model.train()
+    with (
+        BlameTracker(model, **options) as tracker,
+        tqdm(total=steps, desc=desc, disable=None) as progress,
+    ):
+        for _ in range(epochs):
+            for index in batches(len(data), 64, generator):
+                loss = F.cross_entropy(model(data.x[index]), data.y[index])
+                loss.backward()
+                tracker.step(loss, targets=data.y[index], samples=index)
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.update()
+    model.eval()
+    return tracker.report()
 
 
 @torch.no_grad()

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _digits import MODELS, Split, accuracy, auroc, batches, flip_labels, load, make
+from _digits import MODELS, Split, accuracy, auroc, flip_labels, load, make, train_tracked
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import torchbp
 from torchbp.blame import Blame, Report
@@ -25,30 +24,6 @@ from torchbp.findings import findings
 
 DIGITS = [str(d) for d in range(10)]
 DAMAGED = 5
-
-
-def train(
-    model: nn.Module, data: Split, epochs: int, seed: int, writer: SummaryWriter, name: str
-) -> Report:
-    """Train with the tracker on, at every step; returns what it saw."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(data) // 64)
-    model.train()
-    with (
-        torchbp.BlameTracker(model, writer=writer, log_every=10, class_names=DIGITS) as tracker,
-        tqdm(total=steps, desc=f"training {name}", disable=None) as progress,
-    ):
-        for _ in range(epochs):
-            for index in batches(len(data), 64, generator):
-                loss = F.cross_entropy(model(data.x[index]), data.y[index])
-                loss.backward()
-                tracker.step(loss, targets=data.y[index], samples=index)
-                optimizer.step()
-                optimizer.zero_grad()
-                progress.update()
-    model.eval()
-    return tracker.report()
 
 
 def damage(model: nn.Sequential, data: Split, generator: torch.Generator) -> tuple[str, list[int]]:
@@ -148,7 +123,10 @@ def main() -> int:
         except OSError as problem:
             print(f"--logdir {options.logdir}: cannot be written ({problem})", file=sys.stderr)
             return 2
-        report = train(model, training, options.epochs, options.seed, writer, name)
+        report = train_tracked(
+            model, training, options.epochs, options.seed,
+            desc=f"training {name}", writer=writer, log_every=10, class_names=DIGITS,
+        )  # fmt: skip
         writer.close()
         print(f"{name}: accuracy {accuracy(model, training):.3f} on the training set, "
               f"{accuracy(model, validation):.3f} on the validation set")  # fmt: skip

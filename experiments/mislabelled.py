@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-import torch.nn.functional as F
-from _digits import MODELS, auroc, batches, flip_labels, load, make
-from tqdm import tqdm
+from _digits import MODELS, auroc, flip_labels, load, make, train_tracked
 
-from torchbp import BlameTracker, convert
+from torchbp import convert
 from torchbp.tables import Table
 
 
@@ -23,17 +21,9 @@ def suspicion(name: str, seed: int, epochs: int) -> tuple[float, float]:
     data, _ = load(seed)
     generator = torch.Generator().manual_seed(seed)
     flipped = flip_labels(data, generator)
-    model = convert(make(name, seed)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    with BlameTracker(model, method="taylor") as tracker:
-        for _ in range(epochs):
-            for index in batches(len(data), 64, generator):
-                loss = F.cross_entropy(model(data.x[index]), data.y[index])
-                loss.backward()
-                tracker.step(loss, targets=data.y[index], samples=index)
-                optimizer.step()
-                optimizer.zero_grad()
-    score = tracker.report().suspicion
+    model = convert(make(name, seed))
+    report = train_tracked(model, data, epochs, seed, desc=f"{name}, seed {seed}", method="taylor")
+    score = report.suspicion
     planted = torch.zeros(len(data), dtype=torch.bool)
     planted[flipped] = True
     hits = planted[score.topk(len(flipped)).indices].double().mean()
@@ -49,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(2)
     rows = []
     for name in options.models:
-        for seed in tqdm(range(options.seeds), desc=name, disable=None):
+        for seed in range(options.seeds):
             area, hits = suspicion(name, seed, options.epochs)
             rows.append((name, seed, round(area, 4), f"{100 * hits:.0f} %"))
     title = f"wrong labels (10 %) on digits, {options.epochs} epochs"
