@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchbp.blame.frame import Frame, LayerFrame
+from torchbp.blame.frame import Frame, LayerFrame, class_name
 
 Severity = Literal["info", "warning", "error"]
 
@@ -143,7 +143,8 @@ def class_culprits(frame: Frame, previous: Frame | None) -> Iterator[Finding]:
             name,
             unit,
             "class_culprit",
-            f"layer {name}: unit {unit} raises the loss of class {class_name(frame, label)} most: "
+            f"layer {name}: unit {unit} raises the loss of class "
+            f"{class_name(frame.class_names, label)} most: "
             f"{largest:+.3g} over {frame.samples} samples, {_percent(largest / whole)} of all "
             "positive blame for this class in the layer.",
         )
@@ -180,12 +181,6 @@ _RULES: tuple[_Rule, ...] = (
     class_culprits,
     concentrated_blame,
 )
-
-
-def class_name(frame: Frame, label: int) -> str:
-    """Name of class ``label`` where the frame knows it, else its number."""
-    names = frame.class_names
-    return str(names[label]) if names is not None and label < len(names) else str(label)
 
 
 def layer_error_rms(layer: LayerFrame) -> float:

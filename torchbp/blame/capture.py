@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -319,6 +318,5 @@ def cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
 def leaf_copy(value: Any) -> Any:
     """A differentiable leaf with the value of a floating tensor; other values as they are."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        with torch.inference_mode(False):
-            return value.detach().clone().requires_grad_()
+        return value.detach().clone().requires_grad_()
     return value

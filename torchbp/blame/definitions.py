@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchbp.ops.base import wide
+
 Question = Literal["removal", "allocation", "sensitivity"]
 Kind = Literal["cross_entropy", "mse", "bce", "other"]
 LossFn = Callable[[Any, Any], Tensor]
@@ -252,6 +254,4 @@ def link_blame(head: LossHead, taylor: Tensor, loss: Tensor, targets: Tensor) ->
     """The closed form of ``link`` for the loss at hand; see :func:`one_term_reason` first."""
     if head.kind == "mse":
         return squared_error_blame(taylor, loss)
-    if taylor.dtype in (torch.float16, torch.bfloat16):
-        taylor, loss = taylor.float(), loss.float()
-    return log_odds_blame(taylor, loss, sample_weights(head, targets))
+    return log_odds_blame(wide(taylor), wide(loss), sample_weights(head, targets))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchbp.blame.definitions import LossHead, check_targets
+from torchbp.ops.base import wide
 
 #: Largest part of the observed error signal that the loss may leave unexplained.
 _TOLERANCE = 0.02
@@ -33,6 +34,10 @@ def losses_and_gradient(head: LossHead, output: Tensor, targets: Any) -> tuple[T
     plain = head.kind == "cross_entropy" and output.dim() == 2 and not targets.is_floating_point()
     if plain and not _has_settings(head):
         return _cross_entropy(head, output, targets)
+    return _by_autograd(head, output, targets)
+
+
+def _by_autograd(head: LossHead, output: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         z = output.detach().requires_grad_()
         losses = head.per_sample(z, targets)
@@ -57,17 +62,10 @@ def _cross_entropy(head: LossHead, output: Tensor, targets: Tensor) -> tuple[Ten
         index = targets[:, None]
         try:
             losses = -log_p.gather(1, index)
-        except (RuntimeError, IndexError):
-            if (targets == -100).any():  # ignored samples: the general way knows them
-                return losses_and_gradient(LossHead.of(_with_ignored), output, targets)
-            check_targets(head, output, targets)
-            raise
+        except (RuntimeError, IndexError):  # ignored samples, or classes out of range
+            return _by_autograd(head, output, targets)
         gradient = log_p.exp_().scatter_add_(1, index, torch.full_like(losses, -1))
     return losses[:, 0], gradient
-
-
-def _with_ignored(output: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
-    return F.cross_entropy(output, targets, reduction=reduction)
 
 
 def fit(
@@ -89,7 +87,7 @@ def fit(
     Raises:
         ValueError: if none of them explains it.
     """
-    error = error.float() if error.dtype in (torch.float16, torch.bfloat16) else error
+    error = wide(error)
     wrong_targets: Exception | None = None
     for head in heads:
         try:

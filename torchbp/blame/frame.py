@@ -8,6 +8,25 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    """Name of class ``label`` where it is known, else its number."""
+    return str(names[label]) if names is not None and label < len(names) else str(label)
+
+
+def worst_class(per_class: Tensor | None, unit: int) -> int | None:
+    """The true class whose loss a unit raises most; ``None`` if it raises none.
+
+    Args:
+        per_class: ``[C, U]`` blame by true class, or ``None`` where there are no classes.
+        unit: which unit.
+    """
+    if per_class is None or not len(per_class):
+        return None
+    of_unit = per_class[:, unit]
+    label = int(of_unit.argmax())
+    return label if float(of_unit[label]) > 0 else None
+
+
 @dataclass
 class LayerFrame:
     """Statistics of one layer's units over the samples of a frame.

@@ -121,28 +121,24 @@ class Problem:
             return self._run(args, mode)
 
     def _run(self, args: tuple[Any, ...] | None, mode: Any) -> Run:
-        given = self.args if args is None else args
-        inputs = tuple(leaf_copy(a) for a in given)
-        named = {k: leaf_copy(v) for k, v in self.kwargs.items()}
-        floating = [t for t in (*inputs, *named.values()) if _is_floating(t)]
+        positional = self.args if args is None else args
+        inputs = [leaf_copy(v) for v in (*positional, *self.kwargs.values())]
+        floating = [i for i, v in enumerate(inputs) if _is_floating(v)]
         watched = {} if mode is None else dict(self.model.named_modules())
         watched.pop("", None)
         capture = Capture(self.wanted, True, self.protect, watched)
         with capture, _tape(mode, capture):
-            fed = [t.clone() if self.protect and _is_floating(t) else t for t in inputs]
-            keywords = {
-                k: t.clone() if self.protect and _is_floating(t) else t for k, t in named.items()
-            }
-            pairs = zip((*inputs, *named.values()), (*fed, *keywords.values()), strict=True)
-            for leaf, passed in pairs:
-                if floating and leaf is floating[0]:
-                    capture.record_input(self.model, leaf, passed)
-            output = self.call(tuple(fed), keywords)
+            fed = [v.clone() if self.protect and _is_floating(v) else v for v in inputs]
+            if floating:
+                capture.record_input(self.model, inputs[floating[0]], fed[floating[0]])
+            n = len(positional)
+            output = self.call(tuple(fed[:n]), dict(zip(self.kwargs, fed[n:], strict=True)))
             if not self.protect and any(c.changed for c in capture.calls):
                 raise _WrittenInPlace
             final = capture.producer(output)
             losses = self.head.per_sample(output, self.targets)
-        return Run(self._select(capture.calls, final), output, losses, floating)
+        calls = self._select(capture.calls, final)
+        return Run(calls, output, losses, [inputs[i] for i in floating])
 
     def _select(self, calls: list[Call], final: Call | None) -> dict[str, Call]:
         names = dict(zip(map(id, calls), call_names(calls), strict=True))

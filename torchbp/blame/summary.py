@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchbp.blame.definitions import Question
+from torchbp.blame.frame import class_name, worst_class
 from torchbp.tables import Table
 
 
@@ -58,7 +59,8 @@ class Summary:
             share = value / max(float(totals[name].abs().sum()), 1e-300)
             row: list[object] = [name, unit, value, f"{100 * share:.1f} %"]
             if classes:
-                row.append(self._worst_class(by_class[name], unit))
+                worst = worst_class(by_class[name], unit)
+                row.append(None if worst is None else self.class_name(worst))
             rows.append(row)
         columns = ["layer", "unit", "blame", "share", *(["hurts most"] if classes else [])]
         title = f"top blame ({self.method}: {self.question})"
@@ -94,13 +96,7 @@ class Summary:
 
     def class_name(self, index: int) -> str:
         """Name of a class, or its index."""
-        return str(self.class_names[index]) if self.class_names is not None else str(index)
-
-    def _worst_class(self, by_class: Tensor | None, unit: int) -> str | None:
-        if by_class is None:
-            return None
-        worst = int(by_class[:, unit].argmax())
-        return self.class_name(worst) if float(by_class[worst, unit]) > 0 else None
+        return class_name(self.class_names, index)
 
     def __str__(self) -> str:
         return f"{self.layers()}\n\n{self.top()}"

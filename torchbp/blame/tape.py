@@ -78,10 +78,10 @@ VIEWS: frozenset[Any] = frozenset(
 class Note:
     """Arguments and output of one op in one run, detached."""
 
-    __slots__ = ("args", "op", "output", "where")
+    __slots__ = ("args", "op", "output")
 
-    def __init__(self, op: type[Op], args: tuple[Any, ...], output: Any, where: str) -> None:
-        self.op, self.where = op, where
+    def __init__(self, op: type[Op], args: tuple[Any, ...], output: Any) -> None:
+        self.op = op
         self.args = tuple(_detached(a) for a in args)
         self.output = _detached(output)
 
@@ -160,21 +160,19 @@ class SecantTape(TorchFunctionMode):
             self._inside = False
 
     def _call(self, op: type[Op], args: tuple[Any, ...]) -> Any:
-        where = self._where()
         if self._before is None:
             output = op.forward(*args)
         else:
-            note = self._partner(op, args, where)
-            output = _Paired.apply(note, *args)
-        self._notes.append(Note(op, args, output, where))
+            output = _Paired.apply(self._partner(op, args), *args)
+        self._notes.append(Note(op, args, output))
         return output
 
-    def _partner(self, op: type[Op], args: tuple[Any, ...], where: str) -> Note:
+    def _partner(self, op: type[Op], args: tuple[Any, ...]) -> Note:
         assert self._before is not None
         k = len(self._notes)
         note = self._before[k] if k < len(self._before) else None
         if note is None or note.op is not op or _shapes(note.args) != _shapes(args):
-            came = f"{op.__name__}{_shapes(args)} in {where or 'the model'}"
+            came = f"{op.__name__}{_shapes(args)} in {self._where() or 'the model'}"
             expected = "nothing more" if note is None else f"{note.op.__name__}{_shapes(note.args)}"
             raise RuntimeError(
                 f"secant: the run on the input and the run on the reference differ: call {k} is "

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torchbp.blame.frame import Frame, LayerFrame
-from torchbp.findings import class_name, findings, layer_error_rms
+from torchbp.blame.frame import Frame, LayerFrame, class_name, worst_class
+from torchbp.findings import findings, layer_error_rms
 from torchbp.logging.heatmap import Array, History, draw
 from torchbp.tables import Table, markdown_text
 
@@ -274,12 +274,8 @@ def top_units(frame: Frame, count: int) -> Table:
 
 
 def _worst_class(frame: Frame, name: str, unit: int) -> str | None:
-    per_class = frame.layers[name].per_class
-    if per_class is None or not len(per_class):
-        return None
-    of_unit = _array(per_class[:, unit])
-    label = int(np.argmax(of_unit))
-    return class_name(frame, label) if of_unit[label] > 0 else None
+    label = worst_class(frame.layers[name].per_class, unit)
+    return None if label is None else class_name(frame.class_names, label)
 
 
 def _layout(tags: Iterable[str]) -> Mapping[str, Mapping[str, list[object]]]:

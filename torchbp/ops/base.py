@@ -99,6 +99,11 @@ def add_tangents(*tangents: Tensor | None) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if its dtype is a half one: sums of many terms need the digits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def midpoint(a: Any, a0: Any) -> Any:
     """``(a + a0) / 2``, or ``a`` itself when both runs share it (a parameter, say)."""
     return a if a is a0 else (a + a0) / 2

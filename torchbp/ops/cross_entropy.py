@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, midpoint
+from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.registry import Maker, Sample, register, sample
-from torchbp.ops.softmax import sato_vartia, wide
+from torchbp.ops.softmax import sato_vartia
 
 
 class CrossEntropy(Op):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchbp import kernels
-from torchbp.ops.base import Op
+from torchbp.ops.base import Op, wide
 
 _FUSED_DEVICES = (
     frozenset({"cpu", "cuda"} if kernels.status()["cuda"] else {"cpu"})
@@ -130,9 +130,9 @@ def tangent_of(
     tangent: Callable[..., Tensor], v: Tensor, kept: Tensor, settings: Sequence[Any]
 ) -> Tensor:
     """``tangent`` in the precision torch computes it in: float32 for the short dtypes."""
-    if kept.dtype in (torch.bfloat16, torch.float16):
-        return tangent(v.float(), kept.float(), *settings).to(kept.dtype)
-    return tangent(v, kept, *settings)
+    full = wide(kept)
+    result = tangent(wide(v), full, *settings)
+    return result if full is kept else result.to(kept.dtype)
 
 
 def in_place(input: Tensor, result: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, midpoint, sum_to
+from torchbp.ops.base import Op, midpoint, sum_to, wide
 from torchbp.ops.cross_entropy import (
     CrossEntropy,
     cross_entropy,
@@ -22,7 +22,7 @@ from torchbp.ops.cross_entropy import (
     refuse_gradient,
 )
 from torchbp.ops.registry import Maker, Sample, register, sample
-from torchbp.ops.softmax import log_mean, wide
+from torchbp.ops.softmax import log_mean
 
 __all__ = [
     "MSE",

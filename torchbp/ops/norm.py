@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, add_tangents, midpoint
+from torchbp.ops.base import Op, add_tangents, midpoint, wide
 from torchbp.ops.registry import Maker, Sample, register, sample
 
 
@@ -23,7 +23,7 @@ class _Moments:
     """
 
     def __init__(self, x: Tensor, dims: Sequence[int], eps: float) -> None:
-        self.dims, self.eps = tuple(dims), eps
+        self.dims = tuple(dims)
         self.centred = x - x.mean(self.dims, keepdim=True)
         variance = self.centred.square().mean(self.dims, keepdim=True)
         self.rstd = torch.rsqrt(variance + eps)
@@ -43,21 +43,16 @@ def _tangent(v: Tensor, xhat: Tensor, rstd: Tensor, dims: Sequence[int]) -> Tens
     return rstd * (through - _mean(v, dims))
 
 
-def _secant(m: Tensor, x: Tensor, x0: Tensor, dims: Sequence[int], eps: float) -> Tensor:
-    """Multipliers of ``x`` from multipliers of ``x̂``."""
-    now, ref = _Moments(x, dims, eps), _Moments(x0, dims, eps)
+def _secant(m: Tensor, now: _Moments, ref: _Moments) -> Tensor:
+    """Multipliers of ``x`` from multipliers of ``x̂``, between two runs."""
+    dims = now.dims
     centred, rstd = midpoint(now.centred, ref.centred), midpoint(now.rstd, ref.rstd)
     s, s0 = 1 / now.rstd, 1 / ref.rstd
-    of_rstd = (m * centred).sum(tuple(dims), keepdim=True)
+    of_rstd = (m * centred).sum(dims, keepdim=True)
     of_variance = -of_rstd / (s * s0 * (s + s0))
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod(centred.shape[d] for d in dims)
     of_centred = m * rstd + of_variance * 2 * centred / count
     return of_centred - _mean(of_centred, dims)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    short = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.float() if short else tensor
 
 
 def _sum_over(tensor: Tensor, dims: Sequence[int], like: Tensor) -> Tensor:
@@ -79,8 +74,7 @@ class LayerNorm(Op):
     def forward(
         x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        return output, mean, rstd
+        return torch.native_layer_norm(x, shape, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,9 +93,9 @@ class LayerNorm(Op):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         xhat, rstd = _statistics(x, mean, rstd, ctx.over, ctx.eps)
         others = tuple(range(x.dim() - len(ctx.over)))
-        g = _wide(grad_output)
+        g = wide(grad_output)
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        through = g if weight is None else g * _wide(weight)
+        through = g if weight is None else g * wide(weight)
         return (
             _tangent(through, xhat, rstd, ctx.over).to(x.dtype) if needs_x else None,
             None,
@@ -115,7 +109,7 @@ class LayerNorm(Op):
         ctx: Any, tx: Tensor | None, _: Any, tw: Tensor | None, tb: Tensor | None, __: Any
     ) -> tuple[Tensor | None, None, None]:
         x, weight, _bias, _mean, _rstd = ctx.saved_tensors
-        moments = _Moments(_wide(x), ctx.over, ctx.eps)
+        moments = _Moments(wide(x), ctx.over, ctx.eps)
         return _affine_jvp(moments, x, weight, tx, tw, tb), None, None
 
     @staticmethod
@@ -129,7 +123,7 @@ class LayerNorm(Op):
         xhat = midpoint(now.normalised, ref.normalised)
         through = multiplier if weight is None else multiplier * midpoint(weight, weight0)
         return (
-            _secant(through, x, x0, over, eps),
+            _secant(through, now, ref),
             None,
             None if weight is None else _sum_over(multiplier * xhat, others, weight),
             None if bias is None else _sum_over(multiplier, others, bias),
@@ -141,12 +135,12 @@ def _statistics(
     x: Tensor, mean: Tensor, rstd: Tensor, over: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """``x̂`` and ``r``: from the saved statistics, or anew where backward is differentiated."""
-    x = _wide(x)
+    x = wide(x)
     if torch.is_grad_enabled():  # the saved ones are constants to autograd
         moments = _Moments(x, over, eps)
         return moments.normalised, moments.rstd
-    rstd = _wide(rstd)
-    return (x - _wide(mean)) * rstd, rstd
+    rstd = wide(rstd)
+    return (x - wide(mean)) * rstd, rstd
 
 
 def _affine_jvp(
@@ -160,7 +154,7 @@ def _affine_jvp(
     """Tangent of ``x̂ w + b``; ``weight`` and the tangents already broadcast against x."""
     t_xhat = None
     if tx is not None:
-        t_xhat = _tangent(_wide(tx), moments.normalised, moments.rstd, moments.dims)
+        t_xhat = _tangent(wide(tx), moments.normalised, moments.rstd, moments.dims)
         t_xhat = t_xhat if weight is None else t_xhat * weight
     total = add_tangents(
         t_xhat,
@@ -249,11 +243,11 @@ class BatchNorm(Op):
             xhat, rstd = _statistics(x, _per_channel(mean, x), _per_channel(rstd, x), over, ctx.eps)
         else:
             xhat, rstd = _running(x, mean, rstd, ctx.eps)
-        g = _wide(grad_output)
+        g = wide(grad_output)
         needs_x, needs_weight, needs_bias, *_constants = ctx.needs_input_grad
         grad_x = None
         if needs_x:
-            through = g if weight is None else g * _per_channel(_wide(weight), x)
+            through = g if weight is None else g * _per_channel(wide(weight), x)
             grad_x = _tangent(through, xhat, rstd, over) if ctx.training else through * rstd
             grad_x = grad_x.to(x.dtype)
         return (
@@ -270,7 +264,7 @@ class BatchNorm(Op):
         x, weight, _bias, mean, rstd = ctx.saved_tensors
         weight, tw, tb = (None if t is None else _per_channel(t, x) for t in (weight, tw, tb))
         if ctx.training:
-            moments = _Moments(_wide(x), _all_but_channel(x), ctx.eps)
+            moments = _Moments(wide(x), _all_but_channel(x), ctx.eps)
             return _affine_jvp(moments, x, weight, tx, tw, tb), *(None,) * 4
         xhat, rstd = _running(x, mean, rstd, ctx.eps)
         through = None
@@ -295,7 +289,7 @@ class BatchNorm(Op):
         if training:
             now, ref = _Moments(x, over, eps), _Moments(x0, over, eps)
             xhat = midpoint(now.normalised, ref.normalised)
-            of_x = _secant(through, x, x0, over, eps)
+            of_x = _secant(through, now, ref)
         else:
             xhat, rstd = _running(midpoint(x, x0), mean, var, eps)
             of_x = through * rstd
@@ -316,8 +310,8 @@ def _per_channel(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _running(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = torch.rsqrt(_per_channel(_wide(var), x) + eps)
-    return (_wide(x) - _per_channel(_wide(mean), x)) * rstd, rstd
+    rstd = torch.rsqrt(_per_channel(wide(var), x) + eps)
+    return (wide(x) - _per_channel(wide(mean), x)) * rstd, rstd
 
 
 def _batch_samples(make: Maker) -> Iterator[Sample]:

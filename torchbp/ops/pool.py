@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op
+from torchbp.ops.base import Op, wide
 from torchbp.ops.conv import Pair, pair
 from torchbp.ops.registry import Maker, Sample, register, sample
 
@@ -95,13 +95,7 @@ def _averaging(start: Tensor, end: Tensor, size: int, divisor: Tensor, like: Ten
 
 def _spread(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``A_hᵀ g A_w``, in float32 at least, as torch accumulates it."""
-    wide = rows.mT @ grad.to(rows.dtype) @ columns
-    return wide.to(grad.dtype)
-
-
-def _wide_like(tensor: Tensor) -> Tensor:
-    short = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.new_empty(0, dtype=torch.float32 if short else tensor.dtype)
+    return (rows.mT @ grad.to(rows.dtype) @ columns).to(grad.dtype)
 
 
 class AvgPool2d(Op):
@@ -128,7 +122,7 @@ class AvgPool2d(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *ctx.settings = inputs
-        ctx.shape, ctx.out = x.shape, output.shape
+        ctx.shape = x.shape
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,7 +143,7 @@ class AvgPool2d(Op):
     def transposed(grad: Tensor, shape: torch.Size, settings: Sequence[Any]) -> Tensor:
         """The transpose of the map, applied to ``grad``."""
         kernel, stride, padding, _, include_pad, override = settings
-        like = _wide_like(grad)
+        like = wide(grad.new_empty(0))
         matrices = []
         for axis in (0, 1):
             size, n_out = shape[axis - 2], grad.shape[axis - 2]
@@ -197,7 +191,7 @@ class AdaptiveAvgPool2d(Op):
         height, width = shape[-2:]
         if grad.shape[-2:] == (1, 1):
             return (grad / (height * width)).expand(shape)
-        like = _wide_like(grad)
+        like = wide(grad.new_empty(0))
         matrices = []
         for axis in (0, 1):
             size, n_out = shape[axis - 2], grad.shape[axis - 2]

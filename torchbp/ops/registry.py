@@ -44,10 +44,6 @@ class Maker:
         value = self._normal(shape)
         return value.abs() + 0.5 if positive else value
 
-    def probabilities(self, *shape: int) -> Tensor:
-        """A tensor of distributions over dimension 1, without gradient."""
-        return self._normal(shape).softmax(1)
-
     def integers(self, high: int, *shape: int) -> Tensor:
         """Class indices in ``[0, high)``."""
         return torch.randint(high, tuple(shape), generator=self._generator).to(self.device)
@@ -76,8 +72,8 @@ class Entry:
     Attributes:
         name: its name in ``torchbp.functional``.
         functional: ours; same signature as ``twin``.
-        twin: torch's function, which gives the expected values; ``None`` for a function that
-            torch does not have (then ``reference`` composes it from torch).
+        twin: torch's function, which gives the expected values; a composition of torch's where
+            there is none.
         replaces: every torch function, method or operator that means the same; the secant tape
             sends calls of them here.
         modules: the torch.nn classes whose drop-in this op serves.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op
+from torchbp.ops.base import Op, wide
 from torchbp.ops.registry import Maker, Sample, register, sample
 
 
@@ -56,11 +56,6 @@ def sato_vartia(logits: Tensor, logits0: Tensor, dim: int) -> Tensor:
 
 def _mean_of_softmaxes(logits: Tensor, logits0: Tensor, dim: int) -> Tensor:
     return log_mean(wide(logits).log_softmax(dim), wide(logits0).log_softmax(dim))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 if its dtype is a half one: sums of many terms need the digits."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Softmax(Op):

@@ -115,4 +115,4 @@ def _repeat(value: Any, count: int) -> Any:
     return value.repeat(count, *[1] * (value.dim() - 1))
 
 
-ABLATION = Method("ablation", "removal", ablation, "exact: run again without the unit")
+ABLATION = Method("ablation", "removal", ablation)

@@ -40,13 +40,11 @@ class Method:
         question: ``"removal"`` (what would vanish with the unit), ``"allocation"`` (how is
             ``L - L(reference)`` shared) or ``"sensitivity"`` (unweighted error signal).
         solve: computes it.
-        summary: one line for tables and docs.
     """
 
     name: str
     question: Question
     solve: Callable[[Problem], Result]
-    summary: str
 
 
 def error_signals(

@@ -57,4 +57,4 @@ def _loss_without(problem: Problem, output: Tensor, shares: Tensor) -> Tensor:
     return torch.cat(parts, 1) if parts else output.new_zeros(n, 0)
 
 
-LOGITS = Method("logits", "removal", logits, "network linear up to the outputs, loss exact")
+LOGITS = Method("logits", "removal", logits)

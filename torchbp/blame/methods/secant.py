@@ -103,4 +103,4 @@ def _is_cut(run: Run, name: str) -> bool:
     return True
 
 
-SECANT = Method("secant", "allocation", secant, "exact shares of L(x) - L(x0) at every cut")
+SECANT = Method("secant", "allocation", secant)

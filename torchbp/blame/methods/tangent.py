@@ -57,6 +57,6 @@ def link(problem: Problem) -> Result:
     return Result(values, result.run)
 
 
-GRADIENT = Method("gradient", "sensitivity", gradient, "error signal, summed over positions")
-TAYLOR = Method("taylor", "removal", taylor, "activation x error signal")
-LINK = Method("link", "removal", link, "network linear up to the log-odds, loss exact")
+GRADIENT = Method("gradient", "sensitivity", gradient)
+TAYLOR = Method("taylor", "removal", taylor)
+LINK = Method("link", "removal", link)
