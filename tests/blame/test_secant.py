@@ -148,19 +148,6 @@ def test_control_flow_that_depends_on_values_is_refused():
         attribute(Moody(), x, y, CE, "secant")
 
 
-def test_products_of_two_dependent_factors_are_refused():
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x):
-            return self.a(x) * torch.sigmoid(self.b(x))
-
-    with pytest.raises(NotImplementedError, match=r"no rule for torch\.Tensor\.mul"):
-        attribute(Gate(), torch.rand(4, 3), torch.randint(2, (4,)), CE, "secant")
-
-
 def test_in_place_functions_are_paired():
     model, x, y = mlp()
     expected = attribute(model, x, y, CE, "secant", layers=["0", "1"])

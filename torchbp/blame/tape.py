@@ -18,56 +18,76 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
 
 import torchbp.ops  # noqa: F401  fills the registry
-from torchbp.ops.base import Op
+from torchbp.ops.base import Op, midpoint
 from torchbp.ops.registry import BY_TORCH_FUNCTION, Entry
 
 T = Tensor
 
+
+def _named(*homes: tuple[Any, str]) -> frozenset[Callable[..., Any]]:
+    return frozenset(getattr(home, name) for home, names in homes for name in names.split())
+
+
 #: Functions linear in every tensor argument together: their tangent is their secant.
-LINEAR: frozenset[Callable[..., Any]] = frozenset(
-    getattr(home, name)
-    for home, names in (
-        (
-            torch,
-            """add sub subtract neg negative cat concat concatenate stack hstack vstack reshape
-            squeeze unsqueeze transpose swapaxes permute movedim t sum mean chunk split narrow
-            select index_select gather take_along_dim tile flip roll clone broadcast_to unbind
-            diagonal tril triu unflatten ravel zeros_like""",
-        ),
-        (
-            T,
-            """add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __isub__ neg __neg__ reshape
-            view view_as reshape_as squeeze unsqueeze transpose swapaxes permute movedim t sum mean
-            chunk split narrow select index_select gather expand expand_as repeat flip roll clone
-            contiguous to float double type_as broadcast_to unbind diagonal tril triu unfold
-            unflatten ravel __getitem__ requires_grad_ sum_to_size copy_""",
-        ),
-        (F, "pad fold unfold pixel_shuffle pixel_unshuffle"),
-    )
-    for name in names.split()
+LINEAR = _named(
+    (
+        torch,
+        """add sub subtract rsub neg negative cat concat concatenate stack hstack vstack dstack
+        reshape squeeze unsqueeze transpose swapaxes permute movedim moveaxis t sum mean chunk
+        split tensor_split narrow select index_select gather take_along_dim tile flip roll clone
+        broadcast_to broadcast_tensors unbind diagonal tril triu unflatten ravel zeros_like where
+        masked_fill cumsum repeat_interleave meshgrid diag_embed scatter scatter_add index_add
+        masked_select positive trace real imag rot90 fliplr flipud atleast_1d atleast_2d
+        atleast_3d as_strided masked_scatter column_stack adjoint""",
+    ),
+    (
+        T,
+        """add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ neg neg_ __neg__
+        reshape view view_as reshape_as squeeze unsqueeze transpose swapaxes permute movedim t sum
+        mean chunk split tensor_split narrow select index_select gather expand expand_as repeat
+        flip roll clone contiguous to float double half bfloat16 type_as broadcast_to unbind
+        diagonal tril triu unfold unflatten ravel __getitem__ requires_grad_ sum_to_size copy_
+        masked_fill masked_fill_ where cumsum repeat_interleave diag_embed scatter scatter_add
+        index_add masked_select squeeze_ unsqueeze_ transpose_ t_ type cpu cuda trace as_strided
+        masked_scatter adjoint new_zeros new_ones zero_ index_add_ scatter_add_ index_copy
+        positive __setitem__ retain_grad""",
+    ),
 )
 
 #: Functions that do not depend on their arguments' values, or cut the path on purpose.
 CUT: frozenset[Callable[..., Any]] = frozenset({T.detach, torch.detach})
 
-#: Linear as long as a single argument depends on the input.
-LINEAR_IN_ONE: frozenset[Callable[..., Any]] = frozenset(
-    {
-        torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__, torch.multiply,
-        torch.matmul, T.matmul, T.__matmul__, T.__rmatmul__, torch.mm, torch.bmm, T.mm, T.bmm,
-        torch.einsum,
-    }
-)  # fmt: skip
-
-#: Linear in the first argument as long as the second does not depend on the input.
-QUOTIENT: frozenset[Callable[..., Any]] = frozenset(
-    {torch.div, T.div, T.div_, T.__truediv__, T.__itruediv__, torch.true_divide}
+#: Functions of degree two in all tensor arguments together. The difference of such a function
+#: between two runs is its derivative midway, applied to the difference of the arguments: exactly.
+QUADRATIC = _named(
+    (
+        torch,
+        """addmm addmv addr baddbmm addbmm addcmul einsum dot vdot inner outer ger tensordot kron
+        chain_matmul cross var mul multiply matmul mm bmm mv""",
+    ),
+    (
+        T,
+        """addmm addmv addr baddbmm addbmm addcmul dot vdot inner outer ger cross var __rmatmul__
+        mul multiply matmul mm bmm mv __mul__ __rmul__ __matmul__""",
+    ),
+    (torch.linalg, "vecdot matmul cross"),
 )
+
+#: Functions linear in their first argument as long as no other one depends on the input.
+QUOTIENT = _named(
+    (torch, "div divide true_divide"), (T, "div divide true_divide __truediv__ div_ __itruediv__")
+)
+
+#: Affine in one argument as long as no other one depends on the input.
+PRODUCTS = QUADRATIC - {torch.var, T.var}
+
+#: In-place products: linear in one argument as long as the other does not depend on the input.
+PRODUCT_IN_PLACE = _named((T, "mul_ multiply_ __imul__"))
 
 #: Views by attribute: ``x.T``, ``x.mT`` and the like arrive as property getters.
 VIEWS: frozenset[Any] = frozenset(
@@ -75,12 +95,44 @@ VIEWS: frozenset[Any] = frozenset(
 )
 
 
+class _Quadratic:
+    """A function of degree two as if it were an op, its tensors taken out of the arguments."""
+
+    def __init__(self, func: Callable[..., Any], spec: Any) -> None:
+        self.func, self.spec = func, spec
+        self.__name__ = getattr(func, "__name__", repr(func))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Quadratic) and (self.func, self.spec) == (other.func, other.spec)
+
+    def forward(self, *leaves: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return self.func(*args, **kwargs)
+
+    def secant(
+        self, multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The tangent midway between the runs."""
+        middle = [
+            midpoint(a, a0).detach().requires_grad_()
+            if isinstance(a, Tensor) and a.is_floating_point()
+            else a
+            for a, a0 in zip(args, args0, strict=True)
+        ]
+        with torch.enable_grad():
+            output = self.forward(*middle)
+        at = [i for i, m in enumerate(middle) if isinstance(m, Tensor) and m.requires_grad]
+        grads = torch.autograd.grad(output, [middle[i] for i in at], multiplier, allow_unused=True)
+        found = dict(zip(at, grads, strict=True))
+        return tuple(found.get(i) for i in range(len(args)))
+
+
 class Note:
     """Arguments and output of one op in one run, detached."""
 
     __slots__ = ("args", "op", "output")
 
-    def __init__(self, op: type[Op], args: tuple[Any, ...], output: Any) -> None:
+    def __init__(self, op: Any, args: tuple[Any, ...], output: Any) -> None:
         self.op = op
         self.args = tuple(_detached(a) for a in args)
         self.output = _detached(output)
@@ -100,7 +152,7 @@ class SecantTape(TorchFunctionMode):
         self._notes: list[Note] = []
         self._before: list[Note] | None = None
         self._runs = 0
-        self._inside = False
+        self._sending: list[Entry] = []
 
     def next_run(self, modules: list[str]) -> None:
         """Start another run, paired with the one that just ended.
@@ -135,18 +187,38 @@ class SecantTape(TorchFunctionMode):
         op = getattr(func, "op", None)
         if isinstance(op, type) and issubclass(op, Op):
             return self._call(op, args)
-        entry = None if self._inside else BY_TORCH_FUNCTION.get(func)
-        if entry is not None and func not in LINEAR:
+        if func in LINEAR or not _how_many_depend((args, kwargs)):
+            return func(*args, **kwargs)
+        if self._tangent_is_right(func, args, kwargs):
+            return func(*args, **kwargs)
+        if func in QUADRATIC:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            return self._call(_Quadratic(func, spec), tuple(leaves))
+        entry = BY_TORCH_FUNCTION.get(func)
+        if entry is not None and entry not in self._sending:
             return self._send(entry, func, args, kwargs)
+        if hasattr(func, "__wrapped__"):  # Python over other torch functions: 1 / x, 2 ** x
+            with self:
+                return func.__wrapped__(*args, **kwargs)
         output = func(*args, **kwargs)
-        if self._before is not None and not self._inside:
-            self._refuse_unknown(func, args, kwargs, output)
+        if self._before is not None:
+            self._refuse_unknown(func, output)
         return output
+
+    @staticmethod
+    def _tangent_is_right(
+        func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether only the argument that the function is linear in depends on the input."""
+        if func in QUOTIENT:
+            return not _how_many_depend((args[1:], kwargs))
+        product = func in PRODUCT_IN_PLACE or func in PRODUCTS
+        return product and _how_many_depend((args, kwargs)) == 1
 
     def _send(
         self, entry: Entry, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self._inside = True
+        self._sending.append(entry)
         try:
             with self:  # a mode is off in its own handler; the op must reach the tape
                 given = inspect.signature(entry.functional).bind(*args, **kwargs).arguments
@@ -157,9 +229,9 @@ class SecantTape(TorchFunctionMode):
                     return target.copy_(entry.functional(target.clone(), **given))
                 return entry.functional(*args, **kwargs)
         finally:
-            self._inside = False
+            self._sending.pop()
 
-    def _call(self, op: type[Op], args: tuple[Any, ...]) -> Any:
+    def _call(self, op: Any, args: tuple[Any, ...]) -> Any:
         if self._before is None:
             output = op.forward(*args)
         else:
@@ -167,11 +239,11 @@ class SecantTape(TorchFunctionMode):
         self._notes.append(Note(op, args, output))
         return output
 
-    def _partner(self, op: type[Op], args: tuple[Any, ...]) -> Note:
+    def _partner(self, op: Any, args: tuple[Any, ...]) -> Note:
         assert self._before is not None
         k = len(self._notes)
         note = self._before[k] if k < len(self._before) else None
-        if note is None or note.op is not op or _shapes(note.args) != _shapes(args):
+        if note is None or note.op != op or _shapes(note.args) != _shapes(args):
             came = f"{op.__name__}{_shapes(args)} in {self._where() or 'the model'}"
             expected = "nothing more" if note is None else f"{note.op.__name__}{_shapes(note.args)}"
             raise RuntimeError(
@@ -181,14 +253,8 @@ class SecantTape(TorchFunctionMode):
             )
         return note
 
-    def _refuse_unknown(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if func in LINEAR or func in CUT or not _depends(output):
-            return
-        if func in LINEAR_IN_ONE and _how_many_depend((*args, *kwargs.values())) == 1:
-            return
-        if func in QUOTIENT and _how_many_depend((*args[1:], *kwargs.values())) == 0:
+    def _refuse_unknown(self, func: Callable[..., Any], output: Any) -> None:
+        if func in CUT or not _depends(output):
             return
         if func in VIEWS or getattr(func, "__name__", "") == "__get__":
             return
@@ -255,11 +321,13 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
 
 
 def _depends(value: Any) -> bool:
     return any(t.requires_grad for t in _tensors(value))
 
 
-def _how_many_depend(args: tuple[Any, ...]) -> int:
+def _how_many_depend(args: Any) -> int:
     return sum(t.requires_grad for t in _tensors(args))

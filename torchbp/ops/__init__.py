@@ -2,6 +2,7 @@
 
 from torchbp.ops import (
     activation,
+    arithmetic,
     bias_act,
     conv,
     cross_entropy,
@@ -9,13 +10,16 @@ from torchbp.ops import (
     linear,
     loss,
     norm,
+    pointwise,
     pool,
+    reduce,
     shape,
     softmax,
 )
 
 __all__ = [
     "activation",
+    "arithmetic",
     "bias_act",
     "conv",
     "cross_entropy",
@@ -23,7 +27,9 @@ __all__ = [
     "linear",
     "loss",
     "norm",
+    "pointwise",
     "pool",
+    "reduce",
     "shape",
     "softmax",
 ]

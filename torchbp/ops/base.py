@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from torchbp.ops.relevance import Rule
+
 Policy = Literal["low", "fp32"]
 
 
@@ -25,15 +27,20 @@ class Op(torch.autograd.Function):
     * ``secant(multiplier, args, args0, output, output0)``: multipliers ``m`` with
       ``sum <m_arg, arg - arg0> = <multiplier, output - output0>`` exactly, one per argument
       (``None`` for constants). Where forward returns several tensors, all but the first are
-      marked non-differentiable, and ``multiplier`` is the first one's.
+      marked non-differentiable, and ``multiplier`` is the first one's;
+    * ``relevance(relevance, rule, args, output)``: the LRP rule; see :mod:`torchbp.ops.relevance`.
 
     Attributes:
         autocast: per device type, the list of PyTorch's autocast this op is on: ``"low"`` (runs in
             the autocast dtype) or ``"fp32"``. Devices left out run in the dtype of their inputs.
+        no_secant: why there can be no secant, where there is none.
+        no_relevance: why there is no LRP rule, where there is none.
     """
 
     generate_vmap_rule = True
     autocast: ClassVar[dict[str, Policy]] = {}
+    no_secant: ClassVar[str | None] = None
+    no_relevance: ClassVar[str | None] = None
     call: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -48,6 +55,13 @@ class Op(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Multipliers of every argument; see the class. Each op writes its own."""
         raise NotImplementedError
+
+    @classmethod
+    def relevance(
+        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Relevance of every argument; see the class. Each op writes its own."""
+        raise NotImplementedError(f"{cls.__name__} has no LRP rule: {cls.no_relevance}")
 
 
 def _door(op: type[Op]) -> Callable[..., Any]:

@@ -39,6 +39,10 @@ class Maker:
         """A standard normal tensor that is differentiated."""
         return self._normal(shape).requires_grad_(self.requires_grad)
 
+    def positive(self, *shape: int) -> Tensor:
+        """A tensor of numbers from 0.2 on that is differentiated."""
+        return (self._normal(shape).abs() + 0.2).requires_grad_(self.requires_grad)
+
     def constant(self, *shape: int, positive: bool = False) -> Tensor:
         """A tensor no derivative is taken of, such as a class weight or a running variance."""
         value = self._normal(shape)
