@@ -58,7 +58,7 @@ verify: setup
 	$(BIN)/torchbp verify
 
 bench: setup
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/fused_kernels.py
 	$(BIN)/python benchmarks/tracker.py
 
 docs: setup

