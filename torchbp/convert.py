@@ -65,15 +65,36 @@ def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> 
     done: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module in model.modules():
-            old = type(module)
-            if old in classes and "forward" not in vars(module):
-                module.__class__ = classes[old]
+            old, new = type(module), _counterpart(type(module), classes)
+            if new is not None and "forward" not in vars(module):
+                module.__class__ = new
                 done.append((module, old))
     except BaseException:
         for module, old in reversed(done):
             module.__class__ = old
         raise
     return len(done)
+
+
+def _counterpart(
+    kind: type[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]
+) -> type[nn.Module] | None:
+    """The class to put in the place of ``kind``, if there is one."""
+    if kind in classes:
+        return classes[kind]
+    base = _parametrised(kind)
+    if base not in classes:
+        return None
+    # A parametrised module has a class of its own, which adds properties to the layer's.
+    properties = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, (classes[base],), properties)
+
+
+def _parametrised(kind: type[nn.Module]) -> type[nn.Module]:
+    """The layer's class below the one that :mod:`torch.nn.utils.parametrize` made of it."""
+    base = kind.__bases__[0]
+    made = kind.__module__ == "torch.nn.utils.parametrize"
+    return base if made and kind.__name__ == f"Parametrized{base.__name__}" else kind
 
 
 def conversion_report(model: nn.Module) -> Table:
@@ -102,7 +123,7 @@ def conversion_report(model: nn.Module) -> Table:
 
 
 def _status(module: nn.Module) -> tuple[str, str | None]:
-    kind = type(module)
+    kind = _parametrised(type(module))
     if "forward" in vars(module) and (kind in DROP_INS or kind in _TWINS):
         return "left", "its forward was replaced on the instance"
     if kind in _TWINS:
