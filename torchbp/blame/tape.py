@@ -176,6 +176,10 @@ class SecantTape(TorchFunctionMode):
     def _where(self) -> str:
         return self._modules[-1] if self._modules else ""
 
+    def _place(self) -> str:
+        where = self._where()
+        return f"module {where!r}" if where else "the model's own forward"
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -186,6 +190,10 @@ class SecantTape(TorchFunctionMode):
         kwargs = kwargs or {}
         op = getattr(func, "op", None)
         if isinstance(op, type) and issubclass(op, Op):
+            if op.no_secant and self._before is not None and _how_many_depend(args):
+                raise NotImplementedError(
+                    f"secant: {op.__name__}, called in {self._place()}, has no rule: {op.no_secant}"
+                )
             return self._call(op, args)
         if func in LINEAR or not _how_many_depend((args, kwargs)):
             return func(*args, **kwargs)
@@ -259,10 +267,8 @@ class SecantTape(TorchFunctionMode):
         if func in VIEWS or getattr(func, "__name__", "") == "__get__":
             return
         name = resolve_name(func) or getattr(func, "__name__", repr(func))
-        where = self._where()
-        place = f"module {where!r}" if where else "the model's own forward"
         raise NotImplementedError(
-            f"secant: no rule for {name}, called in {place}. Methods gradient, taylor, link, "
+            f"secant: no rule for {name}, called in {self._place()}. Methods gradient, taylor, link, "
             "logits and ablation work with any function"
         )
 

@@ -126,6 +126,8 @@ def _pairs(case: Case, other: Case) -> list[tuple[OpCall, OpCall]]:
     calls, calls0 = record(case), record(other)
     if [c.op for c in calls] != [c.op for c in calls0]:
         raise NotApplicable("the two runs call different ops")
+    for op in (c.op for c in calls if c.op.no_secant):
+        raise NotApplicable(f"{op.__name__} has no secant: {op.no_secant}")
     return list(zip(calls, calls0, strict=True))
 
 
