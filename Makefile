@@ -83,6 +83,7 @@ bench-models: $(MODELS)/.ready
 
 docs: setup
 	$(BIN)/torchbp verify --markdown docs/verification.md
+	$(BIN)/torchbp ops --markdown docs/ops.md
 
 clean:
 	rm -rf $(VENV) .venv-models build dist *.egg-info torchbp/*.so

@@ -30,7 +30,7 @@ class Subject:
     def run(self) -> tuple[Tensor, Tensor]:
         """Output (or logits) and loss."""
         output = self.model(*self.args, **self.kwargs)
-        return _value(output), self.loss(output)
+        return value(output), self.loss(output)
 
     def to(self, dtype: torch.dtype) -> Subject:
         """Model and floating inputs in another dtype."""
@@ -45,7 +45,7 @@ class Subject:
         return self
 
 
-def _value(output: Any) -> Tensor:
+def value(output: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if hasattr(output, name):
             return getattr(output, name)
@@ -53,7 +53,7 @@ def _value(output: Any) -> Tensor:
 
 
 def _classified(labels: Tensor) -> Callable[[Any], Tensor]:
-    return lambda output: nn.functional.cross_entropy(_value(output), labels)
+    return lambda output: nn.functional.cross_entropy(value(output), labels)
 
 
 def _vision(name: str, batch: int, pixels: int) -> Callable[[int], Subject]:
@@ -93,7 +93,7 @@ def _bert(scale: int) -> Subject:
 
 def _causal(model: nn.Module, ids: Tensor, size: str) -> Subject:
     def loss(output: Any) -> Tensor:
-        logits = _value(output)[:, :-1]
+        logits = value(output)[:, :-1]
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
     return Subject(model, (ids,), dict(use_cache=False), loss, size)
@@ -147,7 +147,7 @@ def _minilm(scale: int) -> Subject:
     target = torch.randn(len(ids), model.config.hidden_size)
 
     def loss(output: Any) -> Tensor:
-        return (_value(output).mean(1) - target).square().mean()
+        return (value(output).mean(1) - target).square().mean()
 
     size = f"{len(ids)}x{ids.shape[1]} tokens"
     return Subject(model, (ids,), {}, loss, size)

@@ -1,4 +1,4 @@
-"""The command line: ``torchbp verify`` and ``torchbp doctor``."""
+"""The command line: ``torchbp verify``, ``torchbp ops`` and ``torchbp doctor``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", default="aot_eager", help="of torch.compile (%(default)s)")
     verify.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     verify.set_defaults(command=_verify)
+    ops = commands.add_parser("ops", help="list every op, the layers it serves and its blame rules")
+    ops.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
+    ops.set_defaults(command=_ops)
     doctor = commands.add_parser("doctor", help="describe this installation, for bug reports")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -64,6 +67,16 @@ def _doctor(options: argparse.Namespace) -> int:
     from torchbp.doctor import doctor
 
     print(doctor())
+    return 0
+
+
+def _ops(options: argparse.Namespace) -> int:
+    from torchbp.verify.catalogue import catalogue
+
+    table = catalogue()
+    print(table)
+    if options.markdown:
+        options.markdown.write_text(table.markdown() + "\n", encoding="utf-8")
     return 0
 
 

@@ -254,3 +254,22 @@ def test_an_exception_in_the_block_leaves_no_hook():
         raise KeyError("boom")
     assert hooks(model) == 0 and not writer.closed
     assert tracker.report().frame.samples == len(x)
+
+
+class Positions(nn.Module):
+    """Adds a learned table that is the same for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((x + self.table(torch.arange(5))).mean(1))
+
+
+def test_a_layer_whose_output_does_not_run_over_samples_is_left_out_or_named():
+    model, x, y = Positions(), torch.randn(2, 5, 4), torch.randint(3, (2,))
+    blame = attribute(model, x, y, F.cross_entropy, "secant", layers="all")
+    assert [*blame] == ["input", "head"]
+    with pytest.raises(ValueError, match=r"'table' returned \(5, 4\), whose first dimension"):
+        attribute(model, x, y, F.cross_entropy, "taylor", layers=["table"])

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 import torchbp
-from torchbp import attribute
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from _zoo import MISSING, MODELS, Subject  # noqa: E402
+from _zoo import MISSING, MODELS, Subject, value
 
 pytestmark = pytest.mark.models
 
@@ -66,9 +65,9 @@ def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
     assert got.keys() == expected.keys()
     largest = max(float(v.norm()) for n, v in expected.items() if n != "output")
     found = {}
-    for name, value in expected.items():
+    for name, true in expected.items():
         floor = 1e-2 * largest if name != "output" else 0.0
-        found[name] = float((got[name] - value).norm()) / max(float(value.norm()), floor)
+        found[name] = float((got[name] - true).norm()) / max(float(true.norm()), floor)
     return found
 
 
@@ -91,9 +90,45 @@ def test_converted_and_reverted(name: str, dtype: torch.dtype) -> None:
     print(f"{name} {dtype}: {report.title}; largest difference {found[worst]:.1e} ({worst})")
     assert found[worst] <= LIMIT[dtype], (worst, found[worst])
     state = ours.model.state_dict()
-    for key, value in given.model.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=LIMIT[dtype], atol=LIMIT[dtype])
+    for key, true in given.model.state_dict().items():
+        torch.testing.assert_close(state[key], true, rtol=LIMIT[dtype], atol=LIMIT[dtype])
     again = subject(name, dtype)
     torchbp.revert(torchbp.convert(again.model))
     exact(again.model)
     assert not max(differences(step(again), expected).values())
+
+
+class OfOneInput(torch.nn.Module):
+    """The model as a function of its first input, its first three outputs as logits."""
+
+    def __init__(self, given: Subject) -> None:
+        super().__init__()
+        self.model, self.kwargs = given.model, given.kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        kwargs = {**self.kwargs, **({"decoder_input_ids": x} if self.decodes else {})}
+        return value(self.model(x, **kwargs)).flatten(1)[:, :3]
+
+    @property
+    def decodes(self) -> bool:
+        return "decoder_input_ids" in self.kwargs
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+@pytest.mark.parametrize("name", MODELS)
+def test_secants_are_conserved(name: str, converted: bool) -> None:
+    """Functions inside the models' own forwards are traced; every complete cut sums up."""
+    given = subject(name, torch.float64)
+    model = OfOneInput(given).eval()
+    if converted:
+        torchbp.convert(model)
+    x = given.args[0]
+    labels = torch.randint(3, (len(x),))
+    x0 = torch.zeros_like(x) if x.is_floating_point() else torch.randint(5, 1000, x.shape)
+    blame = torchbp.attribute(
+        model, x, labels, torch.nn.functional.cross_entropy, "secant", layers="all", baseline=x0
+    )
+    assert blame.residual
+    worst = max(blame.residual.values())
+    print(f"{name}: {len(blame.residual)} cuts, largest relative residual {worst:.1e}")
+    assert worst <= 1e-10

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchbp.blame.capture import (
+    INPUT,
     NO_LAYER,
     Call,
     Capture,
@@ -37,13 +38,14 @@ class Run:
         calls: by layer name, in the order of the pass.
         output: what the model returned.
         losses: ``[N]``, not averaged.
-        leaves: the floating inputs, as differentiable leaves.
+        sources: where paths to the loss begin: the floating inputs as differentiable leaves, and
+            outputs that no such input leads to (embeddings of integers).
     """
 
     calls: dict[str, Call]
     output: Any
     losses: Tensor
-    leaves: list[Tensor]
+    sources: list[Tensor]
 
 
 @dataclass
@@ -137,17 +139,27 @@ class Problem:
                 raise _WrittenInPlace
             final = capture.producer(output)
             losses = self.head.per_sample(output, self.targets)
-        calls = self._select(capture.calls, final)
-        return Run(calls, output, losses, [inputs[i] for i in floating])
+        calls = self._select(capture.calls, final, len(losses))
+        began = [c.output for c in capture.calls if c.output.is_leaf and c.name != INPUT]
+        return Run(calls, output, losses, [*(inputs[i] for i in floating), *began])
 
-    def _select(self, calls: list[Call], final: Call | None) -> dict[str, Call]:
+    def _select(self, calls: list[Call], final: Call | None, samples: int) -> dict[str, Call]:
         names = dict(zip(map(id, calls), call_names(calls), strict=True))
+        # Tables of positions, say, are the same for all samples: nobody's share can be told.
+        shared = [c for c in calls if c.output.shape[:1] != (samples,)]
+        calls = [c for c in calls if c.output.shape[:1] == (samples,)]
         chosen = hidden(unit_calls(calls), final) if self.layers is None else calls
         if not chosen:
             raise ValueError(NO_LAYER)
         wanted = self.layers not in (None, "all")
         found = {names[id(c)]: c for c in chosen if not wanted or c.name in self.wanted}
         missing = [n for n in self.wanted if n not in found] if wanted else []
+        for call in shared:
+            if call.name in missing:
+                raise ValueError(
+                    f"layers: {call.name!r} returned {tuple(call.output.shape)}, whose first "
+                    f"dimension does not run over the {samples} samples"
+                )
         if missing:
             raise ValueError(
                 f"layers: {', '.join(map(repr, missing))} did not run in the forward pass, or did "

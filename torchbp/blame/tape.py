@@ -240,10 +240,8 @@ class SecantTape(TorchFunctionMode):
             self._sending.pop()
 
     def _call(self, op: Any, args: tuple[Any, ...]) -> Any:
-        if self._before is None:
-            output = op.forward(*args)
-        else:
-            output = _Paired.apply(self._partner(op, args), *args)
+        partner = None if self._before is None else self._partner(op, args)
+        output = _Paired.apply(op, partner, *args)
         self._notes.append(Note(op, args, output))
         return output
 
@@ -268,24 +266,25 @@ class SecantTape(TorchFunctionMode):
             return
         name = resolve_name(func) or getattr(func, "__name__", repr(func))
         raise NotImplementedError(
-            f"secant: no rule for {name}, called in {self._place()}. Methods gradient, taylor, link, "
-            "logits and ablation work with any function"
+            f"secant: no rule for {name}, called in {self._place()}. Methods gradient, taylor, "
+            "link, logits and ablation work with any function"
         )
 
 
 class _Paired(torch.autograd.Function):
-    """An op whose backward is its secant with respect to a noted run."""
+    """An op whose backward is its secant with respect to a noted run; the first run has none."""
 
     @staticmethod
-    def forward(ctx: Any, note: Note, *args: Any) -> Any:
-        output = note.op.forward(*args)
+    def forward(ctx: Any, op: Any, note: Note | None, *args: Any) -> Any:
+        output = op.forward(*args)
         ctx.note, ctx.constants = note, tuple(None if isinstance(a, Tensor) else a for a in args)
         ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
         ctx.is_tuple = isinstance(output, tuple)
         outputs = output if ctx.is_tuple else (output,)
         ctx.count = len(outputs)
         ctx.mark_non_differentiable(*(o for o in outputs[1:] if isinstance(o, Tensor)))
-        ctx.save_for_backward(*outputs, *(a for a in args if isinstance(a, Tensor)))
+        if note is not None:
+            ctx.save_for_backward(*outputs, *(a for a in args if isinstance(a, Tensor)))
         return output
 
     @staticmethod
@@ -305,8 +304,8 @@ class _Paired(torch.autograd.Function):
         )  # fmt: skip
         output = outputs if ctx.is_tuple else outputs[0]
         result = note.op.secant(multipliers[0], args, args0, output, note.output)
-        needs = ctx.needs_input_grad[1:]
-        return (None, *(r if n else None for r, n in zip(result, needs, strict=True)))
+        needs = ctx.needs_input_grad[2:]
+        return (None, None, *(r if n else None for r, n in zip(result, needs, strict=True)))
 
 
 def _detached(value: Any) -> Any:

@@ -77,7 +77,7 @@ def _door(op: type[Op]) -> Callable[..., Any]:
     policies = op.autocast
     # Function.apply binds default arguments by inspection before it goes on to this; every op is
     # called with all of its arguments, so two thirds of the call's overhead can be left out.
-    direct = super(torch.autograd.Function, op).apply
+    direct = super(torch.autograd.Function, op).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
         if is_compiling():

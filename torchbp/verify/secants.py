@@ -43,7 +43,7 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if hasattr(func, "op"):
+        if isinstance(getattr(func, "op", None), type):
             self.calls.append(OpCall(func.op, args, output))
         return output
 

@@ -88,9 +88,10 @@ def _point(problem: Problem, baseline: tuple[Any, ...], k: int) -> tuple[Any, ..
 def _is_cut(run: Run, name: str) -> bool:
     """Whether every path from an input to the loss leads through the layer's output."""
     output = run.calls[name].output
+    ends = {id(leaf) for leaf in run.sources if leaf is not output}
     if output.grad_fn is None:
-        return len(run.leaves) <= 1
-    stop, ends = output.grad_fn, {id(leaf) for leaf in run.leaves}
+        return not ends
+    stop = output.grad_fn
     seen, stack = {stop}, [run.losses.grad_fn]
     while stack:
         node = stack.pop()
