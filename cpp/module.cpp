@@ -36,6 +36,9 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 // torchbp/kernels/registration.py repeats these for the case that there is no extension.
 STABLE_TORCH_LIBRARY(torchbp, m) {
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
+      " bool training) -> (Tensor, Tensor, Tensor)");
   m.def("bias_act(Tensor x, Tensor? bias, str act, float alpha) -> Tensor");
   m.def(
       "bias_act_backward(Tensor grad_output, Tensor x, Tensor? bias, str act, float alpha)"
@@ -46,4 +49,14 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
   m.def(
       "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
       " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_grad_weight(Tensor grad_output, Tensor x, int[] kernel, int[] stride, int[] padding,"
+      " int[] dilation, int groups) -> Tensor");
+  m.def(
+      "elementwise_backward(Tensor grad_output, Tensor kept, int function, float a, float b)"
+      " -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output, bool logarithm) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight,"
+      " int dims) -> (Tensor, Tensor, Tensor)");
 }

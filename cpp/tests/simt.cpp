@@ -4,6 +4,8 @@
 
 #include "cuda/blame_reduce.cuh"
 #include "cuda/blame_settle.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/softmax.cuh"
 
 namespace torchbp {
 
@@ -14,6 +16,15 @@ static void with_act(int act, const F& f) {
       f(std::integral_constant<Act, Act(i)>{});
     else
       with_act<T, F, i + 1>(act, f);
+  }
+}
+template <class T, class F, int i = 0>
+static void with_fn(int function, const F& f) {
+  if constexpr (i < fn_count) {
+    if (function == i)
+      f(std::integral_constant<Fn, Fn(i)>{});
+    else
+      with_fn<T, F, i + 1>(function, f);
   }
 }
 template <class F>
@@ -73,6 +84,29 @@ void simt_backward_bias(int dtype, int act, const void* g, const void* x, const 
     simt::launch({blocks_of(channels, 64), 1}, {64, 1}, join_kernel<T>,
                  static_cast<const acc_t<T>*>(sums.data()), static_cast<T*>(grad_bias),
                  int64_t(blocks), channels);
+  });
+}
+
+void simt_elementwise(int dtype, int function, const void* g, const void* kept, void* grad,
+                      int64_t count, double a, double b) {
+  with_scalar(dtype, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_fn<T>(function, [&](auto fn) {
+      simt::launch({3, 1}, {64, 1}, tangent_kernel<decltype(fn)::value, T>,
+                   static_cast<const T*>(g), static_cast<const T*>(kept), static_cast<T*>(grad),
+                   count, acc_t<T>(a), acc_t<T>(b));
+    });
+  });
+}
+
+void simt_softmax(int dtype, bool logarithm, const void* g, const void* y, void* grad, int64_t rows,
+                  int64_t width) {
+  with_scalar(dtype, [&](auto scalar) {
+    using T = decltype(scalar);
+    simt::launch({3, 1}, {softmax_lanes, 1},
+                 logarithm ? softmax_kernel<true, T> : softmax_kernel<false, T>,
+                 static_cast<const T*>(g), static_cast<const T*>(y), static_cast<T*>(grad), rows,
+                 width);
   });
 }
 

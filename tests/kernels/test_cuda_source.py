@@ -88,6 +88,35 @@ def test_bias_act(simt, dtype, act):
     close(grad_bias, expected_bias, scale=10.0)
 
 
+@dtypes
+@pytest.mark.parametrize("function", reference.ELEMENTWISE)
+def test_elementwise(simt, dtype, function):
+    torch.manual_seed(0)
+    index, settings = [*reference.ELEMENTWISE].index(function), (0.7, 1.9)
+    g, kept = torch.randn(2, 37, 43).to(dtype)
+    grad = torch.full_like(kept, float("nan"))
+    kind = ctypes.c_int(DTYPES.index(dtype)), ctypes.c_int(index)
+    tensors = [pointer(t) for t in (g, kept, grad)]
+    simt.simt_elementwise(
+        *kind, *tensors, ctypes.c_int64(kept.numel()), *map(ctypes.c_double, settings)
+    )
+    close(grad, reference.elementwise_backward(g, kept, index, *settings))
+
+
+@dtypes
+@pytest.mark.parametrize("logarithm", [False, True], ids=["softmax", "log_softmax"])
+@pytest.mark.parametrize("shape", [(7, 300), (5, 3), (1, 1)], ids=str)
+def test_softmax(simt, shape, logarithm, dtype):
+    torch.manual_seed(0)
+    g, x = torch.randn(2, *shape).to(dtype)
+    y = x.log_softmax(-1) if logarithm else x.softmax(-1)
+    grad = torch.full_like(y, float("nan"))
+    tensors = [pointer(t) for t in (g, y, grad)]
+    kind = ctypes.c_int(DTYPES.index(dtype)), ctypes.c_bool(logarithm)
+    simt.simt_softmax(*kind, *tensors, *integers(*shape))
+    close(grad, reference.softmax_backward(g, y, logarithm))
+
+
 # samples, positions, units; whether units or positions are contiguous
 @pytest.mark.parametrize("shape", [(19, 1, 34), (5, 11, 34), (9, 70, 3)], ids=str)
 @pytest.mark.parametrize("units_inner", [True, False], ids=["units", "positions"])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,3 +43,65 @@ def test_the_gradient_meets_the_same_noise():
 def test_probabilities_are_checked(p):
     with pytest.raises(ValueError, match=f"between 0 and 1, but got {p}"):
         B.dropout(torch.ones(2), p)
+
+
+CHANNELS = {
+    "dropout1d": [(4, 3, 5), (3, 5)],
+    "dropout2d": [(4, 3, 5, 2), (4, 3, 5)],
+    "dropout3d": [(4, 3, 5, 2, 2), (3, 5, 2, 2)],
+    "alpha_dropout": [(4, 30), (6,)],
+    "feature_alpha_dropout": [(4, 30), (4, 3, 2, 2)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*dropout2d.*3D")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_the_others_draw_as_torch_does(name, p, inplace):
+    for shape in CHANNELS[name]:
+        results = []
+        for home in (F, B):
+            torch.manual_seed(4)
+            given = torch.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+            y = getattr(home, name)(given, p, True, inplace)
+            if home is B:
+                assert (y is given) == (inplace or p == 0)
+            results.append((y, torch.get_rng_state()))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_without_training_the_input_comes_back(name):
+    x = torch.randn(CHANNELS[name][0])
+    assert getattr(B, name)(x, 0.5, False) is x
+    with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
+        getattr(B, name)(x, 1.5, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "warns"),
+    [
+        ("dropout1d", (3,), False),
+        ("dropout2d", (3,), True),
+        ("dropout3d", (3,), True),
+        ("dropout2d", (4, 3, 2), True),
+        ("dropout3d", (4, 3, 2), True),
+        ("feature_alpha_dropout", (3,), False),
+    ],
+)
+def test_odd_shapes_meet_the_warnings_and_errors_of_torch(name, shape, warns):
+    results = []
+    for home in (F, B):
+        torch.manual_seed(1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                results.append(getattr(home, name)(torch.ones(shape), 0.5, True))
+            except RuntimeError:
+                results.append(torch.tensor(torch.nan))
+        assert any("dropout" in str(w.message) for w in caught) == warns
+        if warns and home is B:
+            assert caught[0].filename == __file__
+    torch.testing.assert_close(*results, equal_nan=True, rtol=0, atol=0)

@@ -17,10 +17,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import BLAME_KINDS
+from .reference import BLAME_KINDS, ELEMENTWISE
 from .registration import load
 
-__all__ = ["HAS_EXT", "bias_act", "bias_act_backward", "blame_reduce", "blame_settle", "status"]
+__all__ = [
+    "HAS_EXT",
+    "batch_norm_backward",
+    "bias_act",
+    "bias_act_backward",
+    "blame_reduce",
+    "blame_settle",
+    "conv_grad_weight",
+    "elementwise_backward",
+    "layer_norm_backward",
+    "softmax_backward",
+    "status",
+]
 
 _extension, _why_not = load()
 
@@ -28,11 +40,49 @@ HAS_EXT: bool = _extension is not None
 """Whether the compiled kernels are in use."""
 
 # Bound once: looking an operator up costs more than the call's own checks.
+_batch_norm_backward = torch.ops.torchbp.batch_norm_backward.default
 _bias_act = torch.ops.torchbp.bias_act.default
 _bias_act_backward = torch.ops.torchbp.bias_act_backward.default
 _blame_reduce = torch.ops.torchbp.blame_reduce.default
 _blame_settle = torch.ops.torchbp.blame_settle.default
+_conv_grad_weight = torch.ops.torchbp.conv_grad_weight.default
+_elementwise_backward = torch.ops.torchbp.elementwise_backward.default
+_softmax_backward = torch.ops.torchbp.softmax_backward.default
+_layer_norm_backward = torch.ops.torchbp.layer_norm_backward.default
 _kind_number = {name: number for number, name in enumerate(BLAME_KINDS)}
+_function_number = {name: number for number, name in enumerate(ELEMENTWISE)}
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    training: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of batch, group or instance norm; see `torchbp.ops.norm`.
+
+    Compiled for the CPU; every other device gets the PyTorch reference.
+
+    Args:
+        grad_output: The gradient of the result; shape, dtype and device of ``x``.
+        x: Shape ``[N, C, *]``; float32, float64, bfloat16 or float16. Contiguous and channels-last
+            tensors are read where they are.
+        mean: Shape ``[C]`` for batch norm, ``[N, groups]`` for group norm; float64 for float64
+            ``x``, float32 for all others.
+        rstd: ``1 / sqrt(variance + eps)``; shape and dtype of ``mean``.
+        weight: Shape ``[C]``, dtype of ``mean``; None for ones.
+        training: The statistics are those of ``x``; otherwise they are constants.
+
+    Returns:
+        ``grad_input``, of the shape and dtype of ``x``, and ``grad_weight`` and ``grad_bias``,
+        ``[C]``, of the dtype of ``mean``. They do not depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _batch_norm_backward(grad_output, x, mean, rstd, weight, training)
 
 
 def bias_act(
@@ -158,6 +208,117 @@ def blame_settle(
     if number is None:
         raise RuntimeError(f"kind: expected {', '.join(BLAME_KINDS)}, got {kind}")
     return _blame_settle(contribution, losses, labels, n_classes, scale, number, sizes)
+
+
+def conv_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    r"""Compute the gradient of a convolution's weight.
+
+    ``grad_weight[o, c, k]`` is the sum over samples n and positions p of
+    ``grad_output[n, o, p] * x[n, c, stride p + dilation k - padding]``; elements outside of x
+    count as zero, however many a position asks for.
+
+    Args:
+        grad_output: The gradient of the convolution's output, ``[N, O, *]``; dtype and device of
+            ``x``.
+        x: The convolution's input, ``[N, C, *]`` with 1 to 3 dims at the end; float32 or float64
+            (the reference takes any dtype).
+        kernel: Size of the kernel, one number per dim at the end, as all that follow.
+        stride: Of the convolution.
+        padding: Zeros before the first element.
+        dilation: Of the convolution.
+        groups: Blocks of channels that are convolved apart.
+
+    Returns:
+        Shape ``[O, C / groups, *kernel]``, contiguous. It does not depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _conv_grad_weight(grad_output, x, kernel, stride, padding, dilation, groups)
+
+
+def elementwise_backward(
+    grad_output: Tensor, kept: Tensor, function: str, a: float = 0.0, b: float = 0.0
+) -> Tensor:
+    """Compute ``grad_output f'(x)`` in one pass.
+
+    Args:
+        grad_output: Shape, dtype and device of ``kept``.
+        kept: x, or ``f(x)`` in its place for ``tanh``, ``sigmoid``, ``hardtanh`` and ``softshrink``
+            (for ``relu`` and ``leaky_relu`` either will do); any shape; float32, float64, bfloat16
+            or float16.
+        function: ``relu``, ``leaky_relu`` (slope ``a``), ``gelu``, ``gelu_tanh``, ``silu``,
+            ``tanh``, ``sigmoid``, ``softplus`` (sharpness ``a``, threshold ``b``), ``log_sigmoid``,
+            ``mish``, ``softsign``, ``tanhshrink``, ``elu`` (``a``), ``celu`` (``a``), ``selu``,
+            ``threshold`` (``a``), ``hardtanh`` (from ``a`` to ``b``), ``hardsigmoid``,
+            ``hardswish``, ``hardshrink`` (``a``) or ``softshrink``.
+        a: The first setting of the function.
+        b: The second one.
+
+    Returns:
+        Shape and dtype of ``kept``, strides as of ``torch.empty_like(kept)``.
+
+    Raises:
+        KeyError: There is no such function.
+        RuntimeError: An argument is not as described.
+    """
+    return _elementwise_backward(grad_output, kept, _function_number[function], a, b)
+
+
+def softmax_backward(grad_output: Tensor, output: Tensor, logarithm: bool = False) -> Tensor:
+    """Compute the gradient of softmax, or of its logarithm, along the last dim.
+
+    Args:
+        grad_output: Shape, dtype and device of ``output``.
+        output: What softmax or log-softmax gave; any shape; float32, float64, bfloat16 or float16.
+        logarithm: Whether ``output`` is the logarithm.
+
+    Returns:
+        The gradient, contiguous, of the shape and dtype of ``output``.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _softmax_backward(grad_output, output, logarithm)
+
+
+def layer_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    dims: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of layer norm or RMS norm, row by row; see `torchbp.ops.norm`.
+
+    Compiled for the CPU; every other device gets the PyTorch reference.
+
+    Args:
+        grad_output: The gradient of the result; shape, dtype and device of ``x``.
+        x: Any shape; float32, float64, bfloat16 or float16.
+        mean: One value for each row, in any shape; float64 for float64 ``x``, float32 for all
+            others. None for RMS norm, which subtracts none.
+        rstd: ``1 / sqrt(variance + eps)``; likewise.
+        weight: One value for each entry of a row, dtype as ``rstd``; None for ones.
+        dims: How many dims at the end make a row, over which ``x`` is normalised.
+
+    Returns:
+        ``grad_input``, of the shape and dtype of ``x``, and ``grad_weight`` and ``grad_bias``, of
+        the shape of a row and the dtype of ``rstd``. They do not depend on the number of threads.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    return _layer_norm_backward(grad_output, x, mean, rstd, weight, dims)
 
 
 def status() -> dict[str, str | bool]:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .reference_conv import check_conv_grad_weight as check_conv_grad_weight
+from .reference_conv import conv_grad_weight as conv_grad_weight
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -171,6 +174,87 @@ def bias_act_backward(
     return grad_input, grad.sum_to_size(bias.shape).to(x.dtype, copy=True)
 
 
+def _mish_slope(x: Tensor) -> Tensor:
+    """By way of ``exp(-|x|)``: ``tanh(log(1 + exp(x))) = n / d``, scaled by its square above 0."""
+    e = torch.exp(-x.abs())
+    n = torch.where(x < 0, e * (e + 2), 1 + 2 * e)
+    d = torch.where(x < 0, n + 2, n + 2 * e * e)
+    return n / d + x * torch.where(x < 0, e, e * e) * (4 * (1 + e) / d.square())
+
+
+def _below(x: Tensor) -> Tensor:
+    return torch.exp(x.clamp(max=0))
+
+
+def _inside(g: Tensor, k: Tensor, low: float, high: float) -> Tensor:
+    return g.masked_fill((k <= low) | (k >= high), 0)
+
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543773, 1.0507009873554805
+
+Tangent = Callable[[Tensor, Tensor, float, float], Tensor]
+
+# name -> grad_x from grad_y, what the op keeps (x; y where said) and two settings.
+# In the order of their numbers.
+ELEMENTWISE: dict[str, Tangent] = {
+    "relu": lambda g, k, a, b: g.masked_fill(k <= 0, 0),
+    "leaky_relu": lambda g, k, a, b: torch.where(k > 0, g, a * g),
+    "gelu": lambda g, k, a, b: ACTIVATIONS["gelu"][1](g, k, a),
+    "gelu_tanh": lambda g, k, a, b: ACTIVATIONS["gelu_tanh"][1](g, k, a),
+    "silu": lambda g, k, a, b: ACTIVATIONS["silu"][1](g, k, a),
+    "tanh": lambda g, k, a, b: g * (1 - k * k),  # from y
+    "sigmoid": lambda g, k, a, b: g * ((1 - k) * k),  # from y
+    "softplus": lambda g, k, a, b: torch.where(k * a > b, g, g * torch.sigmoid(k * a)),
+    "log_sigmoid": lambda g, k, a, b: g * torch.sigmoid(-k),
+    "mish": lambda g, k, a, b: g * _mish_slope(k),
+    "softsign": lambda g, k, a, b: g / (1 + k.abs()).square(),
+    "tanhshrink": lambda g, k, a, b: g * torch.tanh(k).square(),
+    "elu": lambda g, k, a, b: torch.where(k > 0, g, g * (a * _below(k))),
+    "celu": lambda g, k, a, b: g * torch.exp(k.clamp(max=0) / a),
+    "selu": lambda g, k, a, b: (
+        g * torch.where(k > 0, _SELU_SCALE, _SELU_SCALE * _SELU_ALPHA * _below(k))
+    ),
+    "threshold": lambda g, k, a, b: g.masked_fill(k <= a, 0),
+    "hardtanh": _inside,  # from y
+    "hardsigmoid": lambda g, k, a, b: _inside(g / 6, k, -3, 3),
+    "hardswish": lambda g, k, a, b: torch.where(k < 3, g * (k / 3 + 0.5), g).masked_fill(
+        k <= -3, 0
+    ),
+    "hardshrink": lambda g, k, a, b: g.masked_fill((k >= -a) & (k <= a), 0),
+    "softshrink": lambda g, k, a, b: g.masked_fill(k == 0, 0),  # from y
+}
+_TANGENTS = tuple(ELEMENTWISE.values())
+
+
+def check_elementwise_backward(grad_output: Tensor, kept: Tensor, function: int) -> None:
+    """Raise RuntimeError where an argument of `elementwise_backward` is not as documented."""
+    if not 0 <= function < len(_TANGENTS):
+        raise RuntimeError(f"function: expected a number below {len(_TANGENTS)}, got {function}")
+    check_same(grad_output, "grad_output", kept, "kept")
+    _check_dtype(kept, "kept")
+
+
+def elementwise_backward(
+    grad_output: Tensor, kept: Tensor, function: int, a: float, b: float
+) -> Tensor:
+    """Reference of `torchbp.kernels.elementwise_backward`; same result and errors."""
+    check_elementwise_backward(grad_output, kept, function)
+    return torch.empty_like(kept).copy_(_TANGENTS[function](up(grad_output), up(kept), a, b))
+
+
+def softmax_backward(grad_output: Tensor, output: Tensor, logarithm: bool) -> Tensor:
+    """Reference of `torchbp.kernels.softmax_backward`; same arguments, result and errors."""
+    check_same(grad_output, "grad_output", output, "output")
+    _check_dtype(output, "output")
+    g, y = up(grad_output), up(output)
+    dim = -1 if y.dim() else ()
+    if logarithm:
+        grad = g - torch.exp(y) * g.sum(dim, keepdim=True)
+    else:
+        grad = y * (g - (g * y).sum(dim, keepdim=True))
+    return torch.empty_like(output, memory_format=torch.contiguous_format).copy_(grad)
+
+
 def blame_reduce(
     activation: Tensor, error: Tensor, unit_dim: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -271,3 +355,127 @@ def blame_settle(
     if len(sizes) > 0:
         per_sample = torch.stack([part.sum(1) for part in blame.split(list(sizes), 1)], 1)
     return rows, per_class, per_sample
+
+
+def _check_values(t: Tensor, name: str, count: int, x: Tensor) -> None:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if t.numel() != count:
+        raise RuntimeError(f"{name}: expected {count} values, got {t.numel()}")
+    if t.dtype != dtype:
+        raise RuntimeError(f"{name}: expected {dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise RuntimeError(f"{name}: expected the device of x")
+
+
+def check_layer_norm(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+) -> None:
+    """Raise RuntimeError where an argument of `layer_norm_backward` is not as documented."""
+    _check_dtype(x, "x")
+    if not 0 < dims <= x.dim():
+        raise RuntimeError(f"dims: expected 1 to {x.dim()}, got {dims}")
+    check_same(grad_output, "grad_output", x, "x")
+    rows, columns = math.prod(x.shape[:-dims]), math.prod(x.shape[-dims:])
+    if mean is not None:
+        _check_values(mean, "mean", rows, x)
+    _check_values(rstd, "rstd", rows, x)
+    if weight is not None:
+        _check_values(weight, "weight", columns, x)
+
+
+def layer_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `torchbp.kernels.layer_norm_backward`; same arguments, results and errors."""
+    check_layer_norm(grad_output, x, mean, rstd, weight, dims)
+    shape = x.shape[-dims:]
+    rows, columns = rstd.numel(), math.prod(shape)
+    g, r = up(grad_output).reshape(rows, columns), rstd.reshape(rows, 1)
+    centred = up(x).reshape(rows, columns)
+    if mean is not None:
+        centred = centred - mean.reshape(rows, 1)
+    xhat = centred * r
+    v = g if weight is None else g * weight.reshape(columns)
+    through = v - xhat * (v * xhat).mean(1, keepdim=True)
+    if mean is not None:
+        through = through - v.mean(1, keepdim=True)
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    of_x.copy_((r * through).reshape(x.shape))
+    return of_x, (g * xhat).sum(0).reshape(shape), g.sum(0).reshape(shape)
+
+
+def check_batch_norm(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    training: bool,
+) -> None:
+    """Raise RuntimeError where an argument of `batch_norm_backward` is not as documented."""
+    _check_dtype(x, "x")
+    if x.dim() < 2:
+        raise RuntimeError(f"x: expected samples and channels, at least 2 dims, got {x.dim()}")
+    check_same(grad_output, "grad_output", x, "x")
+    samples, channels = x.shape[:2]
+    count = channels
+    if mean.dim() == 2:
+        if not training:
+            raise RuntimeError("training: statistics of groups are those of the input")
+        groups = mean.shape[1]
+        if mean.shape[0] != samples or groups == 0 or channels % groups:
+            raise RuntimeError(
+                f"mean: expected samples x groups that divide the {channels} channels of {samples} "
+                f"samples, got {mean.shape[0]} x {groups}"
+            )
+        if rstd.shape != mean.shape:
+            raise RuntimeError("rstd: expected the shape of mean")
+        count = samples * groups
+    _check_values(mean, "mean", count, x)
+    _check_values(rstd, "rstd", count, x)
+    if weight is not None:
+        _check_values(weight, "weight", channels, x)
+
+
+def like_channels(x: Tensor) -> Tensor:
+    """An empty tensor like ``x`` where that is contiguous or channels last; else contiguous."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `torchbp.kernels.batch_norm_backward`; same arguments, results and errors."""
+    check_batch_norm(grad_output, x, mean, rstd, weight, training)
+    samples, channels = x.shape[:2]
+    per_sample = mean.dim() == 2
+    groups = mean.shape[1] if per_sample else channels
+    shape = (samples, groups, channels // max(groups, 1), math.prod(x.shape[2:]))
+    over = (2, 3) if per_sample else (0, 2, 3)
+    g = up(grad_output).reshape(shape)
+    mean, rstd = (t.reshape(samples if per_sample else 1, groups, 1, 1) for t in (mean, rstd))
+    xhat = (up(x).reshape(shape) - mean) * rstd
+    v = g if weight is None else g * weight.reshape(1, *shape[1:3], 1)
+    through = v
+    if training:
+        product = (v * xhat).mean(over, keepdim=True)
+        through = v - v.mean(over, keepdim=True) - xhat * product
+    of_weight, of_bias = (t.sum((0, 3)).reshape(channels) for t in (g * xhat, g))
+    return like_channels(x).copy_((rstd * through).reshape(x.shape)), of_weight, of_bias

@@ -19,6 +19,8 @@ from . import reference
 
 # cpp/module.cpp states the same ones.
 SCHEMAS = (
+    "batch_norm_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
+    " bool training) -> (Tensor, Tensor, Tensor)",
     "bias_act(Tensor x, Tensor? bias, str act, float alpha) -> Tensor",
     "bias_act_backward(Tensor grad_output, Tensor x, Tensor? bias, str act, float alpha)"
     " -> (Tensor, Tensor)",
@@ -26,6 +28,13 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",
     "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
     " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)",
+    "conv_grad_weight(Tensor grad_output, Tensor x, int[] kernel, int[] stride, int[] padding,"
+    " int[] dilation, int groups) -> Tensor",
+    "elementwise_backward(Tensor grad_output, Tensor kept, int function, float a, float b)"
+    " -> Tensor",
+    "layer_norm_backward(Tensor grad_output, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight,"
+    " int dims) -> (Tensor, Tensor, Tensor)",
+    "softmax_backward(Tensor grad_output, Tensor output, bool logarithm) -> Tensor",
 )
 
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its Library
@@ -50,16 +59,26 @@ def load() -> tuple[ModuleType | None, str]:
         fallback.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     _libraries.append(fallback)
     for name, fake in (
+        ("batch_norm_backward", _fake_batch_norm_backward),
         ("bias_act", _fake_bias_act),
         ("bias_act_backward", _fake_bias_act_backward),
         ("blame_reduce", _fake_blame_reduce),
         ("blame_settle", _fake_blame_settle),
+        ("layer_norm_backward", _fake_layer_norm_backward),
+        ("conv_grad_weight", _fake_conv_grad_weight),
+        ("elementwise_backward", _fake_elementwise_backward),
+        ("softmax_backward", _fake_softmax_backward),
     ):
         torch.library.register_fake(f"torchbp::{name}", fake)
     for name, rule in (
         ("bias_act", _vmap_bias_act),
         ("bias_act_backward", _vmap_bias_act_backward),
         ("blame_reduce", _vmap_blame_reduce),
+        ("batch_norm_backward", _vmap_one_by_one(torch.ops.torchbp.batch_norm_backward)),
+        ("layer_norm_backward", _vmap_one_by_one(torch.ops.torchbp.layer_norm_backward)),
+        ("conv_grad_weight", _vmap_conv_grad_weight),
+        ("elementwise_backward", _vmap_elementwise_backward),
+        ("softmax_backward", _vmap_softmax_backward),
     ):
         torch.library.register_vmap(f"torchbp::{name}", rule)
     return extension, reason
@@ -117,6 +136,72 @@ def _fake_blame_settle(
     )
 
 
+def _fake_conv_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    settings = kernel, stride, padding, dilation, groups
+    return x.new_empty(reference.check_conv_grad_weight(grad_output, x, *settings))
+
+
+def _fake_elementwise_backward(
+    grad_output: Tensor, kept: Tensor, function: int, a: float, b: float
+) -> Tensor:
+    reference.check_elementwise_backward(grad_output, kept, function)
+    return torch.empty_like(kept)
+
+
+def _fake_softmax_backward(grad_output: Tensor, output: Tensor, logarithm: bool) -> Tensor:
+    reference.check_same(grad_output, "grad_output", output, "output")
+    return torch.empty_like(output, memory_format=torch.contiguous_format)
+
+
+def _fake_layer_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_layer_norm(grad_output, x, mean, rstd, weight, dims)
+    shape = x.shape[x.dim() - dims :]
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return of_x, rstd.new_empty(shape), rstd.new_empty(shape)
+
+
+def _fake_batch_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_batch_norm(grad_output, x, mean, rstd, weight, training)
+    channels = x.shape[1]
+    return reference.like_channels(x), rstd.new_empty(channels), rstd.new_empty(channels)
+
+
+def _vmap_one_by_one(op: Any) -> Any:
+    """The rule that calls ``op``, which returns a tuple of tensors, for every batch entry."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        calls = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
+
+
 def _batch_first(t: Tensor, dim: int | None, batch: int) -> Tensor:
     return t.expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
@@ -163,6 +248,45 @@ def _vmap_bias_act_backward(
     grad_input, _ = op(grad_output, z, None, act, alpha)
     grad_bias = reference.up(grad_input).sum_to_size(batch, *[1] * (z.dim() - 2), z.shape[-1])
     return (grad_input, grad_bias.reshape(batch, -1).to(x.dtype)), (0, 0)
+
+
+def _vmap_conv_grad_weight(
+    info: Any, in_dims: Sequence[int | None], grad_output: Tensor, x: Tensor, *settings: Any
+) -> tuple[Tensor, int]:
+    op = torch.ops.torchbp.conv_grad_weight.default
+    pairs = zip(
+        _batch_first(grad_output, in_dims[0], info.batch_size).unbind(0),
+        _batch_first(x, in_dims[1], info.batch_size).unbind(0),
+        strict=True,
+    )
+    return torch.stack([op(g, x, *settings) for g, x in pairs]), 0
+
+
+def _vmap_elementwise_backward(
+    info: Any,
+    in_dims: Sequence[int | None],
+    grad_output: Tensor,
+    kept: Tensor,
+    function: int,
+    a: float,
+    b: float,
+) -> tuple[Tensor, int]:
+    grad_output = _batch_first(grad_output, in_dims[0], info.batch_size)
+    kept = _batch_first(kept, in_dims[1], info.batch_size)
+    return torch.ops.torchbp.elementwise_backward.default(grad_output, kept, function, a, b), 0
+
+
+def _vmap_softmax_backward(
+    info: Any, in_dims: Sequence[int | None], grad_output: Tensor, output: Tensor, logarithm: bool
+) -> tuple[Tensor, int]:
+    pair = [
+        _batch_first(grad_output, in_dims[0], info.batch_size),
+        _batch_first(output, in_dims[1], info.batch_size),
+    ]
+    # A scalar is a row of its own, and a batch of them is none.
+    rows = [t[..., None] if t.dim() == 1 else t for t in pair]
+    result = torch.ops.torchbp.softmax_backward.default(*rows, logarithm)
+    return result.reshape(pair[1].shape), 0
 
 
 def _vmap_blame_reduce(

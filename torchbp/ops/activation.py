@@ -1,4 +1,4 @@
-"""Activation functions."""
+"""Smooth activation functions."""
 
 from __future__ import annotations
 
@@ -9,52 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.elementwise import Elementwise, in_place
+from torchbp.ops.elementwise import Elementwise
 from torchbp.ops.registry import Maker, Sample, register, sample
-
-
-class ReLU(Elementwise):
-    """``y = max(x, 0)``; ``∂x = g`` where ``y > 0``, else 0 (at the kink as well)."""
-
-    fused = "relu"
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.relu(x)
-
-    @staticmethod
-    def keep(x: Tensor, y: Tensor) -> Tensor:
-        return y
-
-    @staticmethod
-    def tangent(v: Tensor, kept: Tensor) -> Tensor:
-        return v.masked_fill(kept <= 0, 0)  # not v * (y > 0): an infinite v stays out
-
-    @staticmethod
-    def branch(x: Tensor) -> Tensor:
-        return x > 0
-
-
-class LeakyReLU(Elementwise):
-    """``y = x`` where ``x > 0``, else ``slope * x``; ``∂x = g`` or ``slope * g``."""
-
-    fused = "leaky_relu"
-
-    @staticmethod
-    def forward(x: Tensor, negative_slope: float) -> Tensor:
-        return F.leaky_relu(x, negative_slope)
-
-    @staticmethod
-    def keep(x: Tensor, y: Tensor, negative_slope: float) -> Tensor:
-        return y if negative_slope >= 0 else x  # y tells the sign of x unless the slope flips it
-
-    @staticmethod
-    def tangent(v: Tensor, kept: Tensor, negative_slope: float) -> Tensor:
-        return torch.where(kept > 0, v, v * negative_slope)
-
-    @staticmethod
-    def branch(x: Tensor, negative_slope: float) -> Tensor:
-        return x > 0
 
 
 class GELU(Elementwise):
@@ -109,6 +65,10 @@ class SiLU(Elementwise):
         return F.silu(x)
 
     @staticmethod
+    def overwrite(x: Tensor) -> Tensor:
+        return F.silu(x, inplace=True)
+
+    @staticmethod
     def tangent(v: Tensor, kept: Tensor) -> Tensor:
         s = torch.sigmoid(kept)
         return v * (s * (1 + kept * (1 - s)))
@@ -116,6 +76,8 @@ class SiLU(Elementwise):
 
 class Tanh(Elementwise):
     """``y = tanh x``; ``∂x = g (1 - y²)``."""
+
+    fused = "tanh"
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -132,6 +94,8 @@ class Tanh(Elementwise):
 
 class Sigmoid(Elementwise):
     """``y = σ(x) = 1 / (1 + exp(-x))``; ``∂x = g y (1 - y)``."""
+
+    fused = "sigmoid"
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -153,6 +117,7 @@ class Softplus(Elementwise):
     """
 
     autocast = {"cuda": "fp32"}
+    fused = "softplus"
 
     @staticmethod
     def forward(x: Tensor, beta: float, threshold: float) -> Tensor:
@@ -168,66 +133,79 @@ class Softplus(Elementwise):
         return x * beta > threshold  # f jumps there
 
 
-def _plain(make: Maker) -> Iterator[Sample]:
+class LogSigmoid(Elementwise):
+    """``y = log σ(x)``; ``∂x = g σ(-x)``."""
+
+    fused = "log_sigmoid"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.logsigmoid(x)
+
+    @staticmethod
+    def tangent(v: Tensor, kept: Tensor) -> Tensor:
+        return v * torch.sigmoid(-kept)
+
+
+class Mish(Elementwise):
+    """``y = x tanh(log(1 + exp(x)))`` (Misra, 2019).
+
+    ``∂x = g (t + x σ(x) (1 - t²))`` with ``t = tanh(log(1 + exp(x)))``.
+    """
+
+    fused = "mish"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.mish(x)
+
+    @staticmethod
+    def overwrite(x: Tensor) -> Tensor:
+        return F.mish(x, inplace=True)
+
+    @staticmethod
+    def tangent(v: Tensor, kept: Tensor) -> Tensor:
+        t = torch.tanh(F.softplus(kept))
+        return v * (t + kept * torch.sigmoid(kept) * (1 - t * t))
+
+
+class Softsign(Elementwise):
+    """``y = x / (1 + |x|)``; ``∂x = g / (1 + |x|)²``."""
+
+    fused = "softsign"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.softsign(x)
+
+    @staticmethod
+    def tangent(v: Tensor, kept: Tensor) -> Tensor:
+        return v / (1 + kept.abs()).square()
+
+
+class Tanhshrink(Elementwise):
+    """``y = x - tanh x``; ``∂x = g tanh² x``."""
+
+    fused = "tanhshrink"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.tanhshrink(x)
+
+    @staticmethod
+    def tangent(v: Tensor, kept: Tensor) -> Tensor:
+        return v * torch.tanh(kept).square()
+
+
+def plain(make: Maker) -> Iterator[Sample]:
+    """Samples of an activation without settings."""
     yield sample(make(3, 4))
     yield sample(make(0, 4))
     yield sample(make(2, 1, 3, 2))
 
 
-@register(
-    F.relu,
-    replaces=[torch.relu, Tensor.relu],
-    inplace=[torch.relu_, Tensor.relu_],
-    modules=[nn.ReLU],
-    samples=_plain,
-)
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``max(input, 0)``, as :func:`torch.nn.functional.relu`.
-
-    Args:
-        input: any shape.
-        inplace: write the result into ``input``.
-
-    Returns:
-        The shape of ``input``.
-    """
-    result = ReLU.call(input)
-    return in_place(input, result) if inplace else result
-
-
-def _leaky_relu_samples(make: Maker) -> Iterator[Sample]:
-    yield from _plain(make)
-    yield sample(make(3, 4), negative_slope=0.3)
-    yield sample(make(3, 4), negative_slope=-0.3)
-
-
-@register(
-    F.leaky_relu,
-    inplace=[F.leaky_relu_],
-    modules=[nn.LeakyReLU],
-    samples=_leaky_relu_samples,
-)
-def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """``input`` where positive, else ``negative_slope * input``.
-
-    As :func:`torch.nn.functional.leaky_relu`.
-
-    Args:
-        input: any shape.
-        negative_slope: the slope below zero.
-        inplace: write the result into ``input``.
-
-    Returns:
-        The shape of ``input``.
-    """
-    # A negative slope keeps the input, which writing in place would spoil.
-    spoiled = inplace and negative_slope < 0
-    result = LeakyReLU.call(input.clone() if spoiled else input, negative_slope)
-    return in_place(input, result) if inplace else result
-
-
 def _gelu_samples(make: Maker) -> Iterator[Sample]:
-    yield from _plain(make)
+    yield from plain(make)
     yield sample(make(3, 4), approximate="tanh")
 
 
@@ -252,7 +230,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     raise RuntimeError(f"gelu: approximate must be 'none' or 'tanh', but got {approximate!r}")
 
 
-@register(F.silu, modules=[nn.SiLU], samples=_plain)
+@register(F.silu, modules=[nn.SiLU], samples=plain)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``input σ(input)``, as :func:`torch.nn.functional.silu`.
 
@@ -263,7 +241,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     Returns:
         The shape of ``input``.
     """
-    return in_place(input, SiLU.call(input.clone())) if inplace else SiLU.call(input)
+    return SiLU.call_(input) if inplace else SiLU.call(input)
 
 
 @register(
@@ -271,7 +249,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     replaces=[Tensor.tanh, F.tanh],
     inplace=[torch.tanh_, Tensor.tanh_],
     modules=[nn.Tanh],
-    samples=_plain,
+    samples=plain,
 )
 def tanh(input: Tensor) -> Tensor:
     """Hyperbolic tangent, as :func:`torch.tanh`.
@@ -290,7 +268,7 @@ def tanh(input: Tensor) -> Tensor:
     replaces=[Tensor.sigmoid, F.sigmoid, torch.special.expit],
     inplace=[torch.sigmoid_, Tensor.sigmoid_],
     modules=[nn.Sigmoid],
-    samples=_plain,
+    samples=plain,
 )
 def sigmoid(input: Tensor) -> Tensor:
     """``1 / (1 + exp(-input))``, as :func:`torch.sigmoid`.
@@ -305,7 +283,7 @@ def sigmoid(input: Tensor) -> Tensor:
 
 
 def _softplus_samples(make: Maker) -> Iterator[Sample]:
-    yield from _plain(make)
+    yield from plain(make)
     yield sample(make(3, 4), beta=2.0, threshold=1.0)
 
 
@@ -322,3 +300,56 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
         The shape of ``input``.
     """
     return Softplus.call(input, beta, threshold)
+
+
+@register(F.logsigmoid, modules=[nn.LogSigmoid], samples=plain)
+def logsigmoid(input: Tensor) -> Tensor:
+    """``log σ(input)``, as :func:`torch.nn.functional.logsigmoid`.
+
+    Args:
+        input: any shape.
+
+    Returns:
+        The shape of ``input``.
+    """
+    return LogSigmoid.call(input)
+
+
+@register(F.mish, modules=[nn.Mish], samples=plain)
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input tanh(log(1 + exp(input)))``, as :func:`torch.nn.functional.mish`.
+
+    Args:
+        input: any shape.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+    """
+    return Mish.call_(input) if inplace else Mish.call(input)
+
+
+@register(F.softsign, modules=[nn.Softsign], samples=plain)
+def softsign(input: Tensor) -> Tensor:
+    """``input / (1 + |input|)``, as :func:`torch.nn.functional.softsign`.
+
+    Args:
+        input: any shape.
+
+    Returns:
+        The shape of ``input``.
+    """
+    return Softsign.call(input)
+
+
+@register(F.tanhshrink, modules=[nn.Tanhshrink], samples=plain)
+def tanhshrink(input: Tensor) -> Tensor:
+    """``input - tanh(input)``, as :func:`torch.nn.functional.tanhshrink`.
+
+    Args:
+        input: any shape.
+
+    Returns:
+        The shape of ``input``.
+    """
+    return Tanhshrink.call(input)

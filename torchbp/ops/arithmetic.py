@@ -17,7 +17,7 @@ def _reduced(grad: Tensor, like: Tensor) -> Tensor:
     return sum_to(grad, like.shape).to(like.dtype)
 
 
-def _halves(relevance: Tensor, a: Any, b: Any) -> tuple[Tensor | None, Tensor | None]:
+def halves(relevance: Tensor, a: Any, b: Any) -> tuple[Tensor | None, Tensor | None]:
     """Equal shares for the factors that carry a signal; all to one if it is the only one."""
     factors = [isinstance(t, Tensor) and t.is_floating_point() for t in (a, b)]
     recorded = [f and t.requires_grad for f, t in zip(factors, (a, b), strict=True)]
@@ -71,7 +71,7 @@ class Mul(Op):
     def relevance(
         cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
     ) -> tuple[Tensor | None, ...]:
-        shares = _halves(relevance, *args)
+        shares = halves(relevance, *args)
         return tuple(
             None if s is None else sum_to(s, a.shape) for s, a in zip(shares, args, strict=True)
         )
@@ -249,7 +249,7 @@ class MatMul(Op):
         cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
     ) -> tuple[Tensor | None, ...]:
         a, b = args
-        takes = _halves(torch.ones(()), a, b)
+        takes = halves(torch.ones(()), a, b)
         per_factor = quotient(relevance, output, rule.epsilon)
         of_a, of_b = _matmul_back(per_factor, a, b, True, True)
         return tuple(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from torchbp import kernels
-from torchbp.ops.activation import GELU, GELUTanh, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from torchbp.ops.activation import GELU, GELUTanh, Sigmoid, SiLU, Tanh
+from torchbp.ops.activation_pieces import LeakyReLU, ReLU
 from torchbp.ops.base import Op, add_tangents, sum_to
 from torchbp.ops.elementwise import Elementwise, can_fuse, tangent_of
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.relevance import Rule, quotient
 
 
 class Identity(Elementwise):
@@ -40,7 +42,7 @@ class BiasAct(Op):
     """``y = f(x + b)`` with ``b`` along the last dimension, in one kernel.
 
     Backward: ``∂x = g f'(x + b)``, ``∂b = Σ ∂x`` over every other dimension. Secant: that of f at
-    the sum, passed on to both summands.
+    the sum, passed on to both summands. Relevance: f passes it; x takes its share of the sum.
     """
 
     @staticmethod
@@ -88,6 +90,13 @@ class BiasAct(Op):
             multiplier, (x + bias, *settings), (x0 + bias0, *settings), output, output0
         )[0]
         return m, None if m is None else sum_to(m, bias.shape), None, None
+
+    @classmethod
+    def relevance(
+        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, bias, *_ = args
+        return x * quotient(relevance, x + bias, rule.epsilon), None, None, None
 
 
 def _settings(activation: str, slope: float) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +14,17 @@ from torch import Tensor, nn
 from torchbp.ops.base import Op
 from torchbp.ops.elementwise import in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.relevance import passes
 
 
 class Dropout(Op):
     """``y = x ⊙ noise`` (Srivastava et al., 2014) with ``noise`` 0 or ``1 / (1 - p)``.
 
-    The noise is drawn outside and counts as a constant, so that two runs can share it.
-    Backward and secant: ``∂x = g ⊙ noise``.
+    The noise is drawn outside and counts as a constant, so that two runs can share it. It may be
+    one number for each channel (Tompson et al., 2015). Backward and secant: ``∂x = g ⊙ noise``.
     """
+
+    relevance = classmethod(passes)
 
     @staticmethod
     def forward(x: Tensor, noise: Tensor) -> Tensor:
@@ -49,6 +54,59 @@ class Dropout(Op):
         return multiplier * ((noise + noise0) / 2), None
 
 
+class AlphaDropout(Op):
+    """``y = x ⊙ noise + shift`` (Klambauer et al., 2017).
+
+    Where x is dropped, the noise is 0 and the shift the value SELU saturates at, scaled; elsewhere
+    both restore mean and variance. They are drawn outside and count as constants.
+    Backward and secant: ``∂x = g ⊙ noise``.
+    """
+
+    relevance = classmethod(passes)
+
+    @staticmethod
+    def forward(x: Tensor, noise: Tensor, shift: Tensor) -> Tensor:
+        return (x * noise).add_(shift)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, noise, _ = inputs
+        ctx.save_for_backward(noise)
+        ctx.save_for_forward(noise)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (noise,) = ctx.saved_tensors
+        return grad_output * noise, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, *_: Any) -> Tensor | None:
+        (noise,) = ctx.saved_tensors
+        return None if tx is None else tx * noise
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        noise, noise0 = args[1], args0[1]
+        return multiplier * ((noise + noise0) / 2), None, None
+
+
+# Minus the value that SELU saturates at.
+_SATURATION = 1.7580993408473766
+
+
+def _keeps_all(x: Tensor, p: float, training: bool) -> bool:
+    """Whether dropout returns its input as it is.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+    """
+    if p < 0.0 or p > 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return p == 0 or not training or x.numel() == 0
+
+
 def _noise(x: Tensor, p: float) -> Tensor:
     """Factors that consume the generator exactly as torch's dropout does."""
     if p == 1:
@@ -57,6 +115,17 @@ def _noise(x: Tensor, p: float) -> Tensor:
         _, kept = torch.native_dropout(x.detach(), p, True)
         return kept.to(x.dtype) / (1 - p)
     return torch.empty_like(x, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
+
+
+def _channel_noise(x: Tensor, p: float, batched: bool = True) -> Tensor:
+    """Zeros and ones, one for each channel, drawn as torch's feature dropouts draw them."""
+    kept = 2 if batched else 1
+    if x.dim() < kept:
+        raise RuntimeError(
+            f"feature dropout: expected an input of at least 2 dimensions, but got {x.dim()}"
+        )
+    shape = [*x.shape[:kept], *[1] * (x.dim() - kept)]
+    return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -84,9 +153,184 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     Raises:
         ValueError: ``p`` is not between 0 and 1.
     """
-    if p < 0.0 or p > 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if p == 0 or not training or input.numel() == 0:
+    if _keeps_all(input, p, training):
         return input
     result = Dropout.call(input, _noise(input, p))
     return in_place(input, result) if inplace else result
+
+
+def _drop_channels(x: Tensor, p: float, training: bool, inplace: bool, batched: bool) -> Tensor:
+    if _keeps_all(x, p, training):
+        return x
+    noise = _noise(x, p) if p == 1 else _channel_noise(x, p, batched).div_(1 - p)
+    result = Dropout.call(x, noise)
+    return in_place(x, result) if inplace else result
+
+
+def _dropout1d_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(2, 3, 4))
+    yield sample(make(3, 4), p=0.2)
+    yield sample(make(2, 3, 4), p=1.0)
+
+
+@register(F.dropout1d, modules=[nn.Dropout1d], samples=_dropout1d_samples)
+def dropout1d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Zero channels at random, as :func:`torch.nn.functional.dropout1d` with the same seed.
+
+    Args:
+        input: ``(N, C, L)`` or ``(C, L)``.
+        p: probability of a channel to be zeroed.
+        training: without it, ``input`` is returned as it is.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+        RuntimeError: ``input`` has other than 2 or 3 dimensions.
+    """
+    if input.dim() not in (2, 3) and 0 <= p <= 1:
+        raise RuntimeError(f"dropout1d: expected a 2D or 3D input, but got {input.dim()}D")
+    return _drop_channels(input, p, training, inplace, input.dim() == 3)
+
+
+def _dropout2d_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(2, 3, 2, 2))
+    yield sample(make(2, 3, 1, 2), p=0.2)
+    yield sample(make(2, 3, 1, 2), p=1.0)
+
+
+@register(
+    F.dropout2d,
+    modules=[nn.Dropout2d],
+    samples=_dropout2d_samples,
+)
+def dropout2d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Zero channels at random, as :func:`torch.nn.functional.dropout2d` with the same seed.
+
+    Args:
+        input: ``(N, C, H, W)``. A 3D input counts as ``(N, C, L)``, with torch's warning.
+        p: probability of a channel to be zeroed.
+        training: without it, ``input`` is returned as it is.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+        RuntimeError: ``input`` has fewer than 2 dimensions.
+    """
+    if input.dim() == 3:
+        _warn("dropout2d: a 3D input counts as (N, C, L); use dropout1d for that")
+    elif input.dim() != 4:
+        _warn(f"dropout2d: expected a 4D input, but got {input.dim()}D; use dropout for that")
+    return _drop_channels(input, p, training, inplace, batched=True)
+
+
+def _dropout3d_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(2, 3, 1, 2, 2))
+    yield sample(make(3, 1, 2, 2), p=0.2)
+    yield sample(make(2, 3, 1, 1, 2), p=1.0)
+
+
+@register(F.dropout3d, modules=[nn.Dropout3d], samples=_dropout3d_samples)
+def dropout3d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Zero channels at random, as :func:`torch.nn.functional.dropout3d` with the same seed.
+
+    Args:
+        input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+        p: probability of a channel to be zeroed.
+        training: without it, ``input`` is returned as it is.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+    """
+    if input.dim() not in (4, 5):
+        _warn(f"dropout3d: expected a 4D or 5D input, but got {input.dim()}D; use dropout for that")
+    return _drop_channels(input, p, training, inplace, input.dim() == 5)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _alpha(x: Tensor, p: float, training: bool, inplace: bool, channels: bool) -> Tensor:
+    if _keeps_all(x, p, training):
+        return x
+    if p == 1:
+        result = Dropout.call(x, _noise(x, p))
+    else:
+        kept = _channel_noise(x, p) if channels else _element_noise(x, p)
+        scale = 1 / math.sqrt((_SATURATION**2 * p + 1) * (1 - p))
+        shift = (kept - 1).mul_(_SATURATION * scale).add_(_SATURATION * scale * p)
+        result = AlphaDropout.call(x, kept.mul_(scale), shift)
+    return in_place(x, result) if inplace else result
+
+
+def _element_noise(x: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x, requires_grad=False).bernoulli_(1 - p)
+
+
+def _alpha_samples(make: Maker) -> Iterator[Sample]:
+    yield sample(make(3, 4), training=True)
+    yield sample(make(2, 3, 2), 0.2, True)
+    yield sample(make(3, 4), 1.0, True)
+
+
+@register(F.alpha_dropout, modules=[nn.AlphaDropout], samples=_alpha_samples)
+def alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """Dropout that keeps mean and variance of what SELU gives.
+
+    As :func:`torch.nn.functional.alpha_dropout` with the same seed.
+
+    Args:
+        input: any shape.
+        p: probability of an element to be dropped.
+        training: without it, ``input`` is returned as it is.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+    """
+    return _alpha(input, p, training, inplace, channels=False)
+
+
+@register(F.feature_alpha_dropout, modules=[nn.FeatureAlphaDropout], samples=_alpha_samples)
+def feature_alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels.
+
+    As :func:`torch.nn.functional.feature_alpha_dropout` with the same seed.
+
+    Args:
+        input: ``(N, C, *)``.
+        p: probability of a channel to be dropped.
+        training: without it, ``input`` is returned as it is.
+        inplace: write the result into ``input``.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+        RuntimeError: ``input`` has fewer than 2 dimensions.
+    """
+    return _alpha(input, p, training, inplace, channels=True)

@@ -7,9 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
 from torchbp import kernels
 from torchbp.ops.base import Op, wide
+from torchbp.ops.relevance import passes
 
 _FUSED_DEVICES = (
     frozenset({"cpu", "cuda"} if kernels.status()["cuda"] else {"cpu"})
@@ -28,11 +33,14 @@ class Elementwise(Op):
     its error is of third order in the gap, below the rounding of f.
 
     Attributes:
-        fused: name of the activation in :mod:`torchbp.kernels`, if its kernel reads what ``keep``
-            keeps.
+        fused: name of the function in :func:`torchbp.kernels.elementwise_backward`, if the kernel
+            reads what ``keep`` keeps and takes the settings, which are numbers.
+        call_: like ``call``, but writes the result into its first argument, which it returns.
     """
 
     fused: ClassVar[str | None] = None
+    relevance = classmethod(passes)
+    call_: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def tangent(v: Tensor, kept: Tensor, *settings: Any) -> Tensor:
@@ -43,6 +51,12 @@ class Elementwise(Op):
     def keep(x: Tensor, y: Tensor, *settings: Any) -> Tensor:
         """The tensor ``tangent`` needs: the input, or the output where that is enough."""
         return x
+
+    @classmethod
+    def overwrite(cls, x: Tensor, *settings: Any) -> Tensor:
+        """Forward, written into ``x``: torch's own function for it, where there is one."""
+        result: Tensor = x.copy_(cls.forward(x, *settings))
+        return result
 
     @staticmethod
     def branch(x: Tensor, *settings: Any) -> Tensor | None:
@@ -60,6 +74,44 @@ class Elementwise(Op):
         for name, method in methods.items():
             setattr(cls, name, staticmethod(method))
         super().__init_subclass__(**kwargs)
+        cls.call_ = staticmethod(_in_place_door(cls))
+
+
+def _in_place_door(op: type[Elementwise]) -> Callable[..., Tensor]:
+    class InPlace(torch.autograd.Function):
+        """Where the op keeps its input, ``before`` is a copy of it, else ``None``."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, before: Tensor | None, *settings: Any) -> Tensor:
+            op.overwrite(x, *settings)
+            ctx.mark_dirty(x)
+            ctx.copied, ctx.settings = before is not None, settings
+            ctx.save_for_backward(x if before is None else before)
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+            grads = op.backward(ctx, grad_output)
+            grad, *rest = grads if isinstance(grads, tuple) else (grads,)
+            return (None, grad, *rest) if ctx.copied else (grad, None, *rest)
+
+    call, keep = op.call, op.keep
+
+    def call_(x: Tensor, *settings: Any) -> Tensor:
+        keeps_input: Any = keep(True, False, *settings)  # type: ignore[arg-type]
+        if (
+            is_compiling()
+            or has_torch_function((x,))
+            or _are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return x.copy_(call(x.clone() if keeps_input else x, *settings))
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return op.overwrite(x, *settings)
+        result: Tensor = InPlace.apply(x, x.clone() if keeps_input else None, *settings)
+        return result
+
+    return call_
 
 
 def _setup_context(keep: Callable[..., Tensor]) -> Callable[..., None]:
@@ -78,8 +130,7 @@ def _backward(tangent: Callable[..., Tensor], fused: str | None) -> Callable[...
         (kept,) = ctx.saved_tensors
         settings = ctx.settings
         if fused and not torch.is_grad_enabled() and can_fuse(kept, grad_output):
-            alpha = settings[0] if settings else 0.0
-            grad_input, _ = kernels.bias_act_backward(grad_output, kept, None, fused, alpha)
+            grad_input = kernels.elementwise_backward(grad_output, kept, fused, *settings)
         else:
             # f has real coefficients, so conj(f'(x)) = f'(conj(x)).
             grad_input = tangent_of(tangent, grad_output, kept.conj(), settings)
@@ -116,14 +167,14 @@ def _secant(op: type[Elementwise]) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def can_fuse(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels take these tensors (all of one dtype, on one device)."""
-    first = tensors[0]
-    return (
-        first.device.type in _FUSED_DEVICES
-        and all(t.dtype == first.dtype for t in tensors)
-        and first.dtype in _FUSED_DTYPES
-        and not torch.compiler.is_compiling()
-    )
+    """Whether the compiled kernels take these tensors, which are on one device."""
+    dtype = tensors[0].dtype
+    if dtype not in _FUSED_DTYPES or tensors[0].device.type not in _FUSED_DEVICES or is_compiling():
+        return False
+    for tensor in tensors:  # this is called every time, and all() takes three times as long
+        if tensor.dtype is not dtype:
+            return False
+    return True
 
 
 def tangent_of(

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchbp import kernels
 from torchbp.ops.base import Op, wide
+from torchbp.ops.elementwise import can_fuse
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.relevance import Rule
 
 
 def log_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -64,6 +67,8 @@ class Softmax(Op):
     Backward: ``∂z = s (g - <s, g>)``; the same map, which is symmetric, is the jvp.
     Secant: ``Δs = L (Δz - <q, Δz>)`` with ``L`` the logarithmic means of the two outputs and
     ``q = L / ΣL`` (Sato 1976, Vartia 1976), hence ``m_z = L (m - <q, m>)``.
+    Relevance: the first-order Taylor term at z, ``R_i = z_i (R_i - s_i Σ_j R_j)`` (Achtibat et al.,
+    2024). The expansion's constant term takes the rest of what came; it is not handed on.
     """
 
     autocast = {"cuda": "fp32"}
@@ -82,7 +87,11 @@ class Softmax(Op):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (s,) = ctx.saved_tensors
-        return _softmax_map(s, grad_output, ctx.dim).to(ctx.in_dtype), None, None
+        if _in_one_pass(grad_output, s, ctx.dim):
+            grad = kernels.softmax_backward(grad_output, s)
+        else:
+            grad = _softmax_map(s, grad_output, ctx.dim)
+        return grad.to(ctx.in_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
@@ -99,10 +108,64 @@ class Softmax(Op):
         average = (mean * m).sum(dim, keepdim=True) / mean.sum(dim, keepdim=True)
         return (mean * (m - average)).to(x.dtype), None, None
 
+    @classmethod
+    def relevance(
+        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, dim, _ = args
+        pulled = relevance - output * relevance.sum(dim, keepdim=True)
+        # A masked entry has no relevance; minus infinity times zero would say NaN.
+        return (x.masked_fill(x == -torch.inf, 0) * pulled).to(x.dtype), None, None
+
 
 def _softmax_map(s: Tensor, v: Tensor, dim: int) -> Tensor:
     s, v = wide(s), wide(v)
-    return s * (v - (s * v).sum(dim, keepdim=True))
+    product = s * v
+    return torch.addcmul(product, s, product.sum(dim, keepdim=True), value=-1)
+
+
+def _in_one_pass(grad_output: Tensor, output: Tensor, dim: int) -> bool:
+    """Whether the kernel takes it: it runs along the last dimension and is not differentiable."""
+    return (
+        not torch.is_grad_enabled()
+        and dim in (-1, output.dim() - 1)
+        and can_fuse(output, grad_output)
+    )
+
+
+class Softmin(Softmax):
+    """``s = softmax(-z)``; backward, jvp and secant are those of :class:`Softmax`, negated."""
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.softmax(-x, dim, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (s,) = ctx.saved_tensors
+        if _in_one_pass(grad_output, s, ctx.dim):
+            grad = kernels.softmax_backward(grad_output, s).neg_()
+        else:
+            grad = _softmax_map(s, -grad_output, ctx.dim)
+        return grad.to(ctx.in_dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
+        (s,) = ctx.saved_tensors
+        return _softmax_map(s, -tx, ctx.dim).to(ctx.out_dtype)
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        negated, negated0 = (-args[0], *args[1:]), (-args0[0], *args0[1:])
+        return Softmax.secant(-multiplier, negated, negated0, output, output0)
+
+    @classmethod
+    def relevance(
+        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
+    ) -> tuple[Tensor | None, ...]:
+        return Softmax.relevance(relevance, rule, (-args[0], *args[1:]), output)
 
 
 class LogSoftmax(Op):
@@ -113,6 +176,9 @@ class LogSoftmax(Op):
     """
 
     autocast = {"cuda": "fp32"}
+    no_relevance = (
+        "the literature has no LRP rule for log-softmax; start from the loss head's secant"
+    )
 
     @staticmethod
     def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
@@ -128,8 +194,12 @@ class LogSoftmax(Op):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        g = wide(grad_output)
-        return (g - wide(y).exp() * g.sum(ctx.dim, keepdim=True)).to(ctx.in_dtype), None, None
+        if _in_one_pass(grad_output, y, ctx.dim):
+            grad = kernels.softmax_backward(grad_output, y, logarithm=True)
+        else:
+            g = wide(grad_output)
+            grad = torch.addcmul(g, wide(y).exp(), g.sum(ctx.dim, keepdim=True), value=-1)
+        return grad.to(ctx.in_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
@@ -169,7 +239,7 @@ def _arguments(name: str, x: Tensor, dim: Any, level: Any, dtype: Any) -> tuple[
 @register(
     F.softmax,
     replaces=[torch.softmax, Tensor.softmax, torch.special.softmax],
-    modules=[nn.Softmax],
+    modules=[nn.Softmax, nn.Softmax2d],
     samples=_softmax_samples,
 )
 def softmax(
@@ -208,3 +278,20 @@ def log_softmax(
         The log-probabilities, shape of ``input``.
     """
     return LogSoftmax.call(*_arguments("log_softmax", input, dim, _stacklevel, dtype))
+
+
+@register(F.softmin, modules=[nn.Softmin], samples=_softmax_samples)
+def softmin(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``exp(-input) / Σ exp(-input)`` along ``dim``, as :func:`torch.nn.functional.softmin`.
+
+    Args:
+        input: any shape.
+        dim: dimension that sums to one; ``None`` picks one as torch does, with its warning.
+        dtype: dtype to compute in and to return; ``None`` keeps that of ``input``.
+
+    Returns:
+        The probabilities, shape of ``input``.
+    """
+    return Softmin.call(*_arguments("softmin", input, dim, _stacklevel, dtype))

@@ -13,10 +13,6 @@ namespace torchbp {
 using Labels = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-inline Tensor packed(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 inline void check_blame_settle(const Tensor& contribution, const Tensor& losses,
                                const Labels& labels, int64_t n_classes, double scale, int64_t kind,
                                const Sizes& sizes) {

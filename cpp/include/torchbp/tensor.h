@@ -50,6 +50,11 @@ inline void check_same_shape(const Tensor& t, const char* name, const Tensor& li
   STD_TORCH_CHECK(t.sizes().equals(like.sizes()), name, ": expected the shape of ", like_name);
 }
 
+// `t` itself where it is contiguous: asking costs less than the operator that would return it.
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // `t` itself where its strides are those of `like`, otherwise a copy that has them.
 inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   if (t.strides().equals(like.strides())) return t;
