@@ -1,4 +1,4 @@
-"""Fully connected layers and residual addition."""
+"""Fully connected and bilinear layers, residual addition."""
 
 from __future__ import annotations
 
@@ -14,6 +14,30 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
         return F.linear(input, self.weight, self.bias)
+
+
+class NonDynamicallyQuantizableLinear(torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The output map of attention, which torch.nn keeps in a class of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(*, in_features)`` to ``(*, out_features)``."""
+        return F.linear(input, self.weight, self.bias)
+
+
+class Bilinear(torch.nn.Bilinear):
+    """:class:`torch.nn.Bilinear` with its backward written out."""
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """``(*, in1_features)`` and ``(*, in2_features)`` to ``(*, out_features)``."""
+        return F.bilinear(input1, input2, self.weight, self.bias)
+
+
+class Identity(torch.nn.Identity):
+    """:class:`torch.nn.Identity`: there is nothing to write out, the error passes as it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input itself."""
+        return input
 
 
 class Add(torch.nn.Module):
