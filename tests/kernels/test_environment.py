@@ -30,7 +30,12 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 def run_tests(**environment: str) -> None:
-    names = ("test_bias_act.py", "test_blame_reduce.py", "test_blame_settle.py")
+    names = (
+        "test_bias_act.py",
+        "test_blame_reduce.py",
+        "test_blame_settle.py",
+        "test_conv_grad_weight.py",
+    )
     files = [str(HERE / name) for name in names]
     python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *files, **environment)
 
