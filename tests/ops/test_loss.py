@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchbp.ops.loss import (
-    BCEWithLogits,
-    CrossEntropy,
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    mse_loss,
-)
+from torchbp.ops.cross_entropy import CrossEntropy, cross_entropy
+from torchbp.ops.loss_binary import BCEWithLogits, binary_cross_entropy_with_logits
+from torchbp.ops.loss_regression import mse_loss
 
 F64 = torch.float64
 

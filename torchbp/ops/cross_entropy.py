@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops.base import Op, midpoint, wide
+from torchbp.ops.loss import FROM_THE_HEAD, legacy_reduction, onto, refuse_gradient
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.softmax import sato_vartia
 
@@ -31,6 +31,7 @@ class CrossEntropy(Op):
     """
 
     autocast = {"cpu": "fp32", "cuda": "fp32"}
+    no_relevance = FROM_THE_HEAD
 
     @staticmethod
     def forward(
@@ -64,11 +65,11 @@ class CrossEntropy(Op):
         needs_z, needs_target, needs_weight, *_ = ctx.needs_input_grad
         grad_z = grad_target = grad_weight = None
         if needs_z:
-            p = wide(z).softmax(_classes(z))
+            p = wide(z).softmax(class_dim(z))
             grad_z = _residual(p, grad_output, target, weight, *ctx.options).to(z.dtype)
         if needs_target or needs_weight:
-            scale = _row_scale(grad_output, reduction, _classes(z), _row_count(z))
-            error = -wide(z).log_softmax(_classes(z)) * scale
+            scale = _row_scale(grad_output, reduction, z)
+            error = -wide(z).log_softmax(class_dim(z)) * scale
             if needs_target:
                 weighted = error if weight is None else error * _per_class(weight, z)
                 grad_target = (weighted * (1 - smoothing)).to(target.dtype)
@@ -81,21 +82,18 @@ class CrossEntropy(Op):
     def jvp(ctx: Any, tz: Tensor, tt: Tensor | None, tw: Tensor | None, *_: Any) -> Tensor:
         z, target, weight = ctx.saved_tensors
         ignore, reduction, smoothing = ctx.options
-        dim = _classes(z)
-        p = wide(z).softmax(dim)
-        one = p.new_ones(())
-        row = (_residual(p, one, target, weight, ignore, "sum", smoothing) * tz).sum(dim)
+        dim, sums = class_dim(z), reduction != "none"
+        p, one = wide(z).softmax(dim), wide(z).new_ones(())
+        part = "mean" if reduction == "mean" else "sum"  # rows are summed below
+        row = (_residual(p, one, target, weight, ignore, part, smoothing) * tz).sum(dim)
         if target.is_floating_point() and tt is not None:
             change = tt * (1 - smoothing)
             if weight is not None and tw is not None:
                 change = change * _per_class(weight, z)
                 change = change + _smooth(target, smoothing) * _per_class(tw, z)
-            row = row - (change * wide(z).log_softmax(dim)).sum(dim)
-        if reduction == "mean":
-            index = not target.is_floating_point()
-            count = _weight_sum(_rows(target, weight, ignore, p.dtype)) if index else _row_count(z)
-            row = row.sum() / count
-        return (row.sum() if reduction == "sum" else row).to(ctx.dtype)
+            error = wide(z).log_softmax(dim) * _row_scale(one, part, z)
+            row = row - (change * error).sum(dim)
+        return (row.sum() if sums else row).to(ctx.dtype)
 
     @staticmethod
     def secant(
@@ -103,12 +101,12 @@ class CrossEntropy(Op):
     ) -> tuple[Tensor | None, ...]:
         z, target, weight, ignore, reduction, smoothing = args
         z0, target0, weight0, *_ = args0
-        dim = _classes(z)
+        dim = class_dim(z)
         q = sato_vartia(z, z0, dim)
         if not target.is_floating_point():
             m_z = _residual(q, multiplier, target, weight, ignore, reduction, smoothing)
             return m_z.to(z.dtype), None, None, None, None, None
-        scale = _row_scale(multiplier, reduction, dim, _row_count(z))
+        scale = _row_scale(multiplier, reduction, z)
         smooth, smooth0 = _smooth(target, smoothing), _smooth(target0, smoothing)
         error = midpoint(-wide(z).log_softmax(dim), -wide(z0).log_softmax(dim)) * scale
         m_target, m_weight, effective = error * (1 - smoothing), None, midpoint(smooth, smooth0)
@@ -120,50 +118,71 @@ class CrossEntropy(Op):
         return m_z.to(z.dtype), m_target.to(target.dtype), m_weight, None, None, None
 
 
-def _classes(z: Tensor) -> int:
+def class_dim(z: Tensor) -> int:
+    """The dimension of the classes: the second one, or the only one."""
     return 1 if z.dim() > 1 else 0
 
 
 def _per_class(weight: Tensor, z: Tensor) -> Tensor:
-    return weight.reshape(weight.shape[0], *[1] * (z.dim() - _classes(z) - 1))
+    return weight.reshape(weight.shape[0], *[1] * (z.dim() - class_dim(z) - 1))
 
 
 def _sum_to_classes(values: Tensor) -> Tensor:
     # A list of no dimensions would sum over all of them.
-    others = [d for d in range(values.dim()) if d != _classes(values)]
+    others = [d for d in range(values.dim()) if d != class_dim(values)]
     return values.sum(others) if others else values
 
 
 def _smooth(target: Tensor, smoothing: float) -> Tensor:
     target = wide(target)
-    return target * (1 - smoothing) + smoothing / max(target.shape[_classes(target)], 1)
-
-
-def _rows(
-    target: Tensor, weight: Tensor | None, ignore: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row of index targets: 1 if it is kept, a valid index, and the weight of its class."""
-    ignored = target == ignore
-    kept, index = (~ignored).to(dtype), target.masked_fill(ignored, 0)
-    return kept, index, kept if weight is None else weight[index] * kept
-
-
-def _weight_sum(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    total = rows[2].sum()
-    # Nothing kept: the loss is nan, yet torch's gradients are zero, not nan.
-    return total.masked_fill(total == 0, 1)
+    return target * (1 - smoothing) + smoothing / max(target.shape[class_dim(target)], 1)
 
 
 def _row_count(z: Tensor) -> int:
     return math.prod(z.shape[:1] + z.shape[2:]) if z.dim() > 1 else 1
 
 
-def _row_scale(multiplier: Tensor, reduction: str, dim: int, count: Tensor | int) -> Tensor:
+def _row_scale(multiplier: Tensor, reduction: str, z: Tensor) -> Tensor:
     """The multiplier of every row loss, ready to broadcast against the logits."""
     multiplier = wide(multiplier)
     if reduction == "none":
-        return multiplier.unsqueeze(dim)
-    return multiplier / count if reduction == "mean" else multiplier
+        return multiplier.unsqueeze(class_dim(z))
+    return multiplier / _row_count(z) if reduction == "mean" else multiplier
+
+
+def index_rows(
+    multiplier: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore: int,
+    reduction: str,
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of index targets, ready to broadcast against the logits.
+
+    Args:
+        multiplier: of the reduced loss.
+        target: class indices, shape of the rows.
+        weight: ``(C,)``, or ``None``.
+        ignore: the class index that does not count.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        dim: where the classes are in the logits.
+
+    Returns:
+        A valid class index for every row; what its loss is multiplied by, zero where it is
+        ignored; and that times the weight of its class.
+    """
+    ignored, scale = target == ignore, wide(multiplier)
+    index = target.masked_fill(ignored, 0)
+    own = None if weight is None else wide(weight)[index]
+    if reduction == "mean":
+        scale = scale / (
+            (target != ignore).sum() if own is None else own.masked_fill(ignored, 0).sum()
+        )
+    # After the division: where every row is ignored, torch's gradients are zero, not nan.
+    scale = scale.masked_fill(ignored, 0)
+    index, scale = index.unsqueeze(dim), scale.unsqueeze(dim)
+    return index, scale, scale if own is None else scale * own.unsqueeze(dim)
 
 
 def _residual(
@@ -175,26 +194,25 @@ def _residual(
     reduction: str,
     smoothing: float,
 ) -> Tensor:
-    """``p ΣT - T`` times the multipliers of the rows, without ``T`` for index targets."""
-    dim = _classes(p)
+    """``p ΣT - T`` times the multipliers of the rows. Overwrites p where nobody can notice."""
+    dim = class_dim(p)
     if target.is_floating_point():
         smooth = _smooth(target, smoothing)
         effective = smooth if weight is None else smooth * _per_class(weight, p)
-        scale = _row_scale(multiplier, reduction, dim, _row_count(p))
-        return (p * effective.sum(dim, keepdim=True) - effective) * scale
-    rows = _rows(target, weight, ignore, p.dtype)
-    count = _weight_sum(rows) if reduction == "mean" else 1
-    # The few numbers per row are scaled, not the many per class; and the one fresh buffer is
-    # written into, which is batched whenever an operand is.
-    scale = _row_scale(multiplier, reduction, dim, count)
-    kept, index, row_weight = (row.unsqueeze(dim) for row in rows)
-    hit = row_weight * scale
+        total = effective.sum(dim, keepdim=True)
+        return onto(
+            onto(onto(p, "mul", total), "sub", effective),
+            "mul",
+            _row_scale(multiplier, reduction, p),
+        )
+    # The few numbers per row are scaled, not the many per class.
+    index, scale, hit = index_rows(multiplier, target, weight, ignore, reduction, dim)
     if not smoothing:
-        return (p * hit).scatter_add_(dim, index, -hit)
-    hit, share = hit * (1 - smoothing), kept * scale * (smoothing / max(p.shape[dim], 1))
+        return onto(p, "mul", hit).scatter_add_(dim, index, -hit)
+    hit, share = hit * (1 - smoothing), scale * (smoothing / max(p.shape[dim], 1))
     spread = share if weight is None else share * _per_class(weight, p)
     total = hit + share * (p.shape[dim] if weight is None else weight.sum())
-    return (p * total - spread).scatter_add_(dim, index, -hit)
+    return onto(onto(p, "mul", total), "sub", spread).scatter_add_(dim, index, -hit)
 
 
 def _cross_entropy_samples(make: Maker) -> Iterator[Sample]:
@@ -251,25 +269,3 @@ def cross_entropy(
         refuse_gradient("cross_entropy", "weight", weight)
     reduction = legacy_reduction(size_average, reduce, reduction)
     return CrossEntropy.call(input, target, weight, ignore_index, reduction, label_smoothing)
-
-
-def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """``reduction``, or what the older pair of flags meant; those come with a warning."""
-    if size_average is None and reduce is None:
-        return reduction
-    if not torch.compiler.is_compiling():  # warnings cannot be traced
-        warnings.warn(
-            "size_average and reduce are superseded by reduction='none', 'mean' or 'sum'",
-            stacklevel=3,
-        )
-    if reduce is not None and not reduce:
-        return "none"
-    return "mean" if size_average is None or size_average else "sum"
-
-
-def refuse_gradient(function: str, name: str, weight: Tensor | None) -> None:
-    """Refuse a weight that torch does not differentiate either."""
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{function}: argument {name!r} must not require a gradient here; detach it"
-        )
