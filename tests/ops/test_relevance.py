@@ -18,7 +18,10 @@ from torchbp.verify.secants import record
 
 #: Ops whose relevance does not sum to what came, and what takes the difference.
 ABSORBS: dict[str, str] = {
+    "ConstantPad": "the constant of the border is a bias",
     "Softmax": "the Taylor expansion's constant term (Achtibat et al. 2024)",
+    "Softmin": "as softmax",
+    "BiasAct": "the bias",
 }
 
 TINY = Rule(epsilon=1e-12)
@@ -76,7 +79,8 @@ def linear_layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def shares_by_hand(z: Tensor, relevance: Tensor) -> Tensor:
     """``R_i = Σ_j z_ij / Σ_i z_ij R_j`` from the contributions ``z [N, j, i]``."""
-    return (z / z.sum(-1, keepdim=True) * relevance[..., None]).sum(1)
+    shares = (z / z.sum(-1, keepdim=True)).nan_to_num(0)  # nothing came, nothing is shared
+    return (shares * relevance[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "zplus", "alphabeta", "w2", "flat", "zb", "gamma"])

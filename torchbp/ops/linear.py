@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchbp.ops.base import Op, add_tangents, midpoint, sum_to
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.relevance import Rule, quotient, weighted
 
 
 class Linear(Op):
@@ -19,10 +20,11 @@ class Linear(Op):
 
     Backward: ``∂x = g W``, ``∂W = gᵀ x``, ``∂b = Σ g`` (sums over every leading dimension).
     Secant: the map is bilinear in (x, W), so each factor is weighted by the other's midpoint;
-    with equal weights in both runs this is the transpose.
+    with equal weights in both runs this is the transpose. LRP: the rule asked for.
     """
 
     autocast = {"cpu": "low", "cuda": "low"}
+    relevance = classmethod(weighted)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,10 +40,14 @@ class Linear(Op):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        if x.is_complex():
+            x, weight = x.conj(), weight.conj()
+        rows = _rows(grad_output)
+        of_x = rows.mm(weight) if needs_x else None
         return (
-            grad_output @ weight.conj() if needs_x else None,
-            _outer(grad_output, x.conj()) if needs_weight else None,
-            _sum_rows(grad_output) if needs_bias else None,
+            of_x if of_x is None or x.dim() == 2 else of_x.view(x.shape),
+            rows.t().mm(_rows(x)) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
         )
 
     @staticmethod
@@ -60,27 +66,21 @@ class Linear(Op):
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
         (x, weight, bias), (x0, weight0, _) = args, args0
+        rows = _rows(multiplier)
         return (
-            multiplier @ midpoint(weight, weight0),
-            _outer(multiplier, midpoint(x, x0)),
-            None if bias is None else _sum_rows(multiplier),
+            rows.mm(midpoint(weight, weight0)).view(x.shape),
+            rows.t().mm(_rows(midpoint(x, x0))),
+            None if bias is None else rows.sum(0),
         )
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    if tensor.dim() == 2:
+        return tensor
     *leading, features = tensor.shape
     # The row count is spelled out: reshape(-1, 0) would be ambiguous.
-    return tensor if len(leading) == 1 else tensor.reshape(math.prod(leading), features)
-
-
-def _sum_rows(tensor: Tensor) -> Tensor:
-    return tensor.sum_to_size(tensor.shape[-1:])
-
-
-def _outer(grad_output: Tensor, x: Tensor) -> Tensor:
-    if grad_output.dim() == 1:
-        return torch.outer(grad_output, x)
-    return _rows(grad_output).mT @ _rows(x)
+    return tensor.reshape(math.prod(leading), features)
 
 
 def _linear_samples(make: Maker) -> Iterator[Sample]:
@@ -111,6 +111,7 @@ class Add(Op):
 
     Backward: each branch receives the error (times alpha), summed over broadcast dimensions.
     Secant: the same, for the map is linear; the branches are two edges of a cut.
+    LRP: each branch in proportion to what it gives (the epsilon rule of Bach et al. 2015).
     """
 
     @staticmethod
@@ -122,9 +123,12 @@ class Add(Op):
         a, b, ctx.alpha = inputs
         ctx.shapes = a.shape, b.shape
         ctx.dtypes = a.dtype, b.dtype
+        ctx.alike = a.shape == b.shape and a.dtype == b.dtype
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.alike:
+            return grad_output, _scaled(grad_output, ctx.alpha), None
         (shape_a, shape_b), (dtype_a, dtype_b) = ctx.shapes, ctx.dtypes
         needs_a, needs_b, _ = ctx.needs_input_grad
         return (
@@ -146,6 +150,15 @@ class Add(Op):
     ) -> tuple[Tensor | None, ...]:
         a, b, alpha = args
         return sum_to(multiplier, a.shape), sum_to(_scaled(multiplier, alpha), b.shape), None
+
+    @classmethod
+    def relevance(
+        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
+    ) -> tuple[Tensor | None, ...]:
+        a, b, alpha = args
+        per_output = quotient(relevance, output, rule.epsilon)
+        of_a, of_b = a * per_output, b * _scaled(per_output, alpha)
+        return sum_to(of_a, a.shape), sum_to(of_b, b.shape), None
 
 
 def _scaled(tensor: Tensor, alpha: float) -> Tensor:

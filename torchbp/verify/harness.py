@@ -141,7 +141,7 @@ def _row(name: str, pairs: Sequence[Pair], backend: str) -> Row:
 
 
 # Where torch's own function falls short as well, ours may.
-_LIMITS_OF_TORCH = ("vmap", "compile", "strides", "threads")
+_LIMITS_OF_TORCH = ("gradcheck", "vmap", "compile", "strides", "threads")
 
 
 def _cell(column: str, property: Property, pairs: Sequence[Pair]) -> Cell:
