@@ -95,7 +95,7 @@ def test_their_function_and_module_with_shapes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify", "ad"], "did you mean add"),
+        (["verify", "linea"], "did you mean linear"),
         (["verify", "add", "--inputs", "3"], "--inputs is for"),
         (["verify", "no_such_module:f"], "no_such_module"),
         (["verify", "their_functions:nothing"], "nothing"),

@@ -129,3 +129,27 @@ def test_the_same_errors(name, settings):
             getattr(source, name)(x, weight, **settings)
         kinds.append(caught.type)
     assert kinds[0] is kinds[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "settings"),
+    [
+        ((2, 3, 70), (4, 3, 64), {}),
+        ((2, 1, 100), (4, 1, 64), dict(stride=30, padding=7)),
+        ((2, 2, 150), (3, 2, 40), dict(dilation=3, stride=20)),
+        ((2, 3, 13, 14), (4, 3, 12, 11), dict(padding=(0, 1), stride=(2, 3))),
+        ((1, 2, 3), (2, 2, 64), dict(padding="same")),
+        ((2, 4, 8, 8, 8), (3, 4, 7, 7, 7), dict(dilation=1)),
+        ((3, 70), (4, 3, 64), {}),
+    ],
+)
+def test_long_windows_at_few_positions(shape, weight, settings):
+    """Their weight gradient is one matrix product."""
+    x, w = torch.randn(shape).double().requires_grad_(), torch.randn(weight).double()
+    w.requires_grad_()
+    dims = len(weight) - 2
+    found = []
+    for home in (torchbp.functional, torch.nn.functional):
+        output = getattr(home, f"conv{dims}d")(x, w, None, **settings)
+        found.append(torch.autograd.grad(output, (x, w), torch.ones_like(output) * output.detach()))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)

@@ -201,7 +201,7 @@ def div(input: Tensor, other: Tensor | float, *, rounding_mode: str | None = Non
     if rounding_mode is not None:
         return torch.div(input, other, rounding_mode=rounding_mode)
     if not isinstance(input, Tensor):
-        input = torch.as_tensor(input, dtype=other.dtype, device=other.device)  # type: ignore[union-attr]
+        input = torch.as_tensor(input, dtype=other.dtype, device=other.device)
     return Div.call(input, other)
 
 

@@ -75,9 +75,7 @@ def _door(op: type[Op]) -> Callable[..., Any]:
     body["generate_vmap_rule"] = True
     traced: Any = type(f"{op.__name__}Traced", (torch.autograd.Function,), body)
     policies = op.autocast
-    # Function.apply binds default arguments by inspection before it goes on to this; every op is
-    # called with all of its arguments, so two thirds of the call's overhead can be left out.
-    direct = super(torch.autograd.Function, op).apply  # type: ignore[misc]
+    direct = eager(op)
 
     def call(*args: Any) -> Any:
         if is_compiling():
@@ -92,8 +90,9 @@ def _door(op: type[Op]) -> Callable[..., Any]:
                 # Backward runs outside autocast, so the cast must be part of the graph: cast the
                 # arguments here, then keep autocast away from the inside of the op.
                 args = _autocast(args, policies.get(device), torch.get_autocast_dtype(device))
+                transformed = _are_functorch_transforms_active()
                 with torch.autocast(device, enabled=False):
-                    return op.apply(*args)
+                    return op.apply(*args) if transformed else direct(*args)
         if _are_functorch_transforms_active():
             return op.apply(*args)
         if not is_grad_enabled() and forward_ad._current_level < 0:
@@ -102,6 +101,30 @@ def _door(op: type[Op]) -> Callable[..., Any]:
 
     call.op = op  # type: ignore[attr-defined]  # so that a mode can tell which op this is
     return call
+
+
+def eager(op: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``op.apply`` outside of transforms, at a third of the overhead.
+
+    ``Function.apply`` binds default arguments by inspecting the signature of every forward that has
+    a ``setup_context`` (torch 2.14 does so even in C++), although an op is always called with all
+    of its arguments. A Function of the older kind, whose forward takes ``ctx``, is spared that.
+    """
+    run, prepare = op.forward, op.setup_context
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        prepare(ctx, args, output)
+        return output
+
+    body: dict[str, Any] = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(op.backward),
+        "jvp": staticmethod(op.jvp),
+    }
+    plain: Any = type(op.__name__, (torch.autograd.Function,), body)
+    apply: Callable[..., Any] = super(torch.autograd.Function, plain).apply
+    return apply
 
 
 def _autocast(args: tuple[Any, ...], policy: Policy | None, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,8 +189,36 @@ def grad_weight(
     """
     if x.dim() == len(kernel) + 1:
         x, grad_output = x.unsqueeze(0), grad_output.unsqueeze(0)
-    compute = _compiled if _for_kernel(grad_output, x) else conv_grad_weight
+    compute = conv_grad_weight
+    if _for_kernel(grad_output, x):
+        # The kernel's lanes run along positions; a long window at a few of them is a matrix.
+        few = math.prod(kernel) > 16 * math.prod(grad_output.shape[2:]) and groups == 1
+        compute = _of_windows if few else _compiled
     return compute(grad_output, x, kernel, stride, padding, dilation, groups)
+
+
+def _of_windows(
+    grad_output: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+) -> Tensor:
+    """The weight's gradient as one product of the errors with all windows, laid out in rows."""
+    dims, count = len(kernel), grad_output.shape[2:]
+    for i in range(dims):
+        length = dilation[i] * (kernel[i] - 1) + 1
+        missing = (count[i] - 1) * stride[i] + length - x.shape[2 + i] - padding[i]
+        after = 2 * (dims - 1)  # F.pad counts from the last dimension; i is the first one left
+        x = F.pad(x, [0] * after + [padding[i], max(missing, 0)])
+        x = x.unfold(2 + i, length, stride[i])[..., :: dilation[i]].narrow(2 + i, 0, count[i])
+    samples, outputs = grad_output.shape[:2]
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    rows = x.permute(order).reshape(samples * math.prod(count), x.shape[1] * math.prod(kernel))
+    errors = grad_output.transpose(0, 1).reshape(outputs, samples * math.prod(count))
+    return (errors @ rows).reshape(outputs, x.shape[1], *kernel)
 
 
 _compiled: Any = torch.ops.torchbp.conv_grad_weight.default

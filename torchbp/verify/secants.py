@@ -43,8 +43,9 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if isinstance(getattr(func, "op", None), type):
-            self.calls.append(OpCall(func.op, args, output))
+        op = getattr(func, "op", None)  # operators of torch.ops have one too, which is no type
+        if isinstance(op, type):
+            self.calls.append(OpCall(op, args, output))
         return output
 
 
