@@ -187,7 +187,7 @@ def _speech(scale: int) -> Subject:
 
     model = SpeechDetector()
     model.load_state_dict(load_file(_package("silero_vad") / "data/silero_vad_16k.safetensors"))
-    sound = 0.1 * torch.randn(2 * scale, 4 * scale, 576)
+    sound = 0.1 * torch.randn(8 * scale, 4 * scale, 576)
     target = torch.rand(sound.shape[:2])
 
     def loss(output: Tensor) -> Tensor:

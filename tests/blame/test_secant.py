@@ -172,3 +172,27 @@ def test_dropout_sees_the_same_mask_in_both_runs():
     with pytest.warns(UserWarning, match="training mode"):
         blame = attribute(model, x, y, CE, "secant", layers="all", n_steps=2)
     assert max(blame.residual.values()) < 1e-10
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+def test_a_forward_that_writes_into_a_layers_output_is_run_again(converted):
+    """The first try finds out; the tape must not take it for the reference."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.a(x)
+            y += 0.5
+            return self.b(self.act(y))
+
+    _, x, y = mlp()
+    model = Scaled().double()
+    if converted:
+        convert(model)
+    blame = attribute(model, x, y, CE, "secant", layers="all", n_steps=2)
+    assert {"input", "a", "act"} <= blame.residual.keys()
+    assert max(blame.residual.values()) < 1e-10

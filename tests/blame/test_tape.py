@@ -128,3 +128,36 @@ def test_a_function_without_a_rule_is_named_with_its_module() -> None:
     model = nn.Sequential(nn.Linear(4, 3), Inner())
     with pytest.raises(NotImplementedError, match=r"no rule for torch\.digamma, called in module"):
         attribute(model, torch.rand(2, 4), torch.tensor([0, 1]), CE, "secant")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: torch.where(a > 0, a, 0.1 * a),
+        lambda a: a * (a > 0),
+        lambda a: a.masked_fill(a < 0, 0.0),
+        lambda a: a.gather(1, a.argsort(1)),
+    ],
+    ids=["where", "product", "masked_fill", "gather"],
+)
+def test_masks_and_indices_that_depend_on_values_are_refused(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """With another mask in each run a linear function has no secant: blame would not add up."""
+    model, x, y = problem(lambda a, b: function(a) + b)
+    with pytest.raises(RuntimeError, match="a mask or indices that differ between the input and"):
+        attribute(model, x, y, CE, "secant", baseline=-x)
+    attribute(model, x, y, CE, "secant", baseline=x)
+
+
+def test_a_product_of_three_by_einsum_is_refused() -> None:
+    """Its difference between two runs is not its derivative midway."""
+    model, x, y = problem(lambda a, b: torch.einsum("ni,ni,ni->ni", a, b, a))
+    with pytest.raises(NotImplementedError, match="no rule for torch.*einsum"):
+        attribute(model, x, y, CE, "secant", baseline=-x)
+
+
+def test_a_rounded_quotient_is_refused() -> None:
+    model, x, y = problem(lambda a, b: torch.div(a, 0.1, rounding_mode="floor") + b)
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.div"):
+        attribute(model, x, y, CE, "secant", baseline=-x)

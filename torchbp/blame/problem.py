@@ -178,8 +178,12 @@ def _tape(mode: Any, capture: Capture) -> Iterator[None]:
         yield
         return
     mode.next_run(capture.current)
-    with mode:
-        yield
+    try:
+        with mode:
+            yield
+    except BaseException:
+        mode.drop_run()
+        raise
     mode.finish_run()
 
 

@@ -78,6 +78,12 @@ QUADRATIC = _named(
     (torch.linalg, "vecdot matmul cross"),
 )
 
+#: Those among them that take any number of factors, and are of degree two for two.
+ANY_DEGREE = _named((torch, "einsum chain_matmul"))
+
+#: Linear functions that look at the shape or dtype alone of an argument.
+SHAPED_LIKE = _named((T, "view_as reshape_as expand_as type_as"))
+
 #: Functions linear in their first argument as long as no other one depends on the input.
 QUOTIENT = _named(
     (torch, "div divide true_divide"), (T, "div divide true_divide __truediv__ div_ __itruediv__")
@@ -165,6 +171,11 @@ class SecantTape(TorchFunctionMode):
         self._notes = []
         self._runs += 1
 
+    def drop_run(self) -> None:
+        """Forget the run that was started last, for it failed and will be tried again."""
+        self._runs -= 1
+        self._notes = self._before or []
+
     def finish_run(self) -> None:
         """Check that the run called as many ops as the one before."""
         if self._before is not None and len(self._notes) != len(self._before):
@@ -195,11 +206,13 @@ class SecantTape(TorchFunctionMode):
                     f"secant: {op.__name__}, called in {self._place()}, has no rule: {op.no_secant}"
                 )
             return self._call(op, args)
-        if func in LINEAR or not _how_many_depend((args, kwargs)):
+        if not _how_many_depend((args, kwargs)):
             return func(*args, **kwargs)
-        if self._tangent_is_right(func, args, kwargs):
+        if func in LINEAR or self._tangent_is_right(func, args, kwargs):
+            if func not in SHAPED_LIKE:
+                self._note_choices(func, args, kwargs)
             return func(*args, **kwargs)
-        if func in QUADRATIC:
+        if func in QUADRATIC and (func not in ANY_DEGREE or _how_many_depend(args) == 2):
             leaves, spec = pytree.tree_flatten((args, kwargs))
             return self._call(_Quadratic(func, spec), tuple(leaves))
         entry = BY_TORCH_FUNCTION.get(func)
@@ -219,9 +232,28 @@ class SecantTape(TorchFunctionMode):
     ) -> bool:
         """Whether only the argument that the function is linear in depends on the input."""
         if func in QUOTIENT:
-            return not _how_many_depend((args[1:], kwargs))
+            rounds = kwargs.get("rounding_mode") is not None
+            return not (rounds or _how_many_depend((args[1:], kwargs)))
         product = func in PRODUCT_IN_PLACE or func in PRODUCTS
         return product and _how_many_depend((args, kwargs)) == 1
+
+    def _note_choices(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Masks and indices: a function is linear only as long as they are the same."""
+        choices = tuple(t for t in _tensors((args, kwargs)) if not _has_derivative(t))
+        if not choices:
+            return
+        if self._before is not None:
+            before = self._partner(func, choices).args
+            if not all(map(torch.equal, choices, before)):
+                raise RuntimeError(
+                    f"secant: {func.__name__}, called in {self._place()}, takes a mask or indices "
+                    "that differ between the input and the reference: they must not depend on "
+                    "values. A piecewise function such as torch.where(x > 0, x, 0) has a rule if "
+                    "it is called by its name, torch.relu"
+                )
+        self._notes.append(Note(func, choices, None))
 
     def _send(
         self, entry: Entry, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -328,6 +360,10 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
+
+
+def _has_derivative(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _depends(value: Any) -> bool:

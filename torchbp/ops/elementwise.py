@@ -99,9 +99,10 @@ def _in_place_door(op: type[Elementwise]) -> Callable[..., Tensor]:
 
     def call_(x: Tensor, *settings: Any) -> Tensor:
         keeps_input: Any = keep(True, False, *settings)  # type: ignore[arg-type]
+        if has_torch_function((x,)):  # a tape keeps the op's arguments: it gets a copy
+            return x.copy_(call(x.clone(), *settings))
         if (
             is_compiling()
-            or has_torch_function((x,))
             or _are_functorch_transforms_active()
             or forward_ad._current_level >= 0
         ):
