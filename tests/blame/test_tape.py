@@ -153,7 +153,7 @@ def test_masks_and_indices_that_depend_on_values_are_refused(
 def test_a_product_of_three_by_einsum_is_refused() -> None:
     """Its difference between two runs is not its derivative midway."""
     model, x, y = problem(lambda a, b: torch.einsum("ni,ni,ni->ni", a, b, a))
-    with pytest.raises(NotImplementedError, match="no rule for torch.*einsum"):
+    with pytest.raises(NotImplementedError, match=r"no rule for torch.*einsum"):
         attribute(model, x, y, CE, "secant", baseline=-x)
 
 

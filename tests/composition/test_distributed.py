@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def worker(rank: int, folder: str, kind: str, name: str) -> None:
         found = [g.cpu() for g in gradients(model)]
         if rank == 0:
             torch.save(found, os.path.join(folder, "found.pt"))
+        # Threads of a reducer that outlives the group abort the process, and who leaves early
+        # resets the other's connections.
+        del model, ours
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

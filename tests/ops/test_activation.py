@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import torchbp.functional as B
+from torchbp.ops.activation import Sigmoid, Tanh
+from torchbp.ops.activation_pieces import ReLU
 
 NAMES = (
     "relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", "softplus", "logsigmoid", "mish",
@@ -88,8 +90,11 @@ def test_in_place_writes_into_the_input(name):
         if y is result:
             got = grad, second
     torch.testing.assert_close(got, (grad, second), rtol=1e-12, atol=1e-13)
-    with pytest.raises(RuntimeError, match="leaf"):
-        PAIRS[name][1](leaf, inplace=True)
+    before = leaf.detach().clone()
+    for spoiled in (leaf, leaf[0]):
+        with pytest.raises(RuntimeError, match="leaf"):
+            PAIRS[name][1](spoiled, inplace=True)
+    assert torch.equal(leaf, before)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -135,9 +140,37 @@ def test_in_place_with_a_negative_slope_keeps_the_gradient():
 
 def test_complex_gradients_are_conjugated_as_in_torch():
     x = torch.randn(5, dtype=torch.complex128)
-    for name in ("tanh", "sigmoid"):  # torch's own silu has no complex derivative
+    for name in ("tanh", "sigmoid", "softsign"):  # torch's own silu has no complex derivative
         theirs, ours = (value_and_grad(f, x, 1.5 - 2j) for f in PAIRS[name])
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bounds", [(0.1, 0.7), (-0.7, -0.1), (-1.0, 1.0), (0, 1000.5)], ids=str)
+def test_hardtanh_stops_errors_at_bounds_that_a_short_dtype_rounds(bounds, dtype):
+    x = torch.linspace(-2000, 2000, 81).to(dtype)
+    theirs, ours = (
+        value_and_grad(lambda x, f=f: f(x, *bounds), x, 2.0) for f in (F.hardtanh, B.hardtanh)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lambd", [0.1, 0.7, -0.5])
+def test_hardshrink_stops_errors_where_it_shrinks(lambd, dtype):
+    x = torch.tensor([0.1, 0.7, -0.1, -0.7, 0.0, 2.0] * 8).to(dtype)
+    theirs, ours = (
+        value_and_grad(lambda x, f=f: f(x, lambd), x, 2.0) for f in (F.hardshrink, B.hardshrink)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", [ReLU, Sigmoid, Tanh], ids=lambda op: op.__name__)
+def test_secant_of_equal_infinities_is_the_gradient(op):
+    x = torch.tensor([math.inf, -math.inf, 1.0])
+    y = op.forward(x)
+    (m,) = op.secant(torch.full_like(x, 2.0), (x,), (x.clone(),), y, y)
+    torch.testing.assert_close(m, 2 * value_and_grad(op.call, x, 1.0)[1])
 
 
 def test_gelu_names_the_approximation_it_does_not_know():

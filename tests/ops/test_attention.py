@@ -113,6 +113,18 @@ def test_low_precision_keeps_its_dtype(dtype):
         same(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+def test_subclasses_are_not_cut_into_blocks():
+    """DTensor knows none of the functions that write into a block, and hides behind this flag."""
+
+    class Distributed(Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+    q, k, v = (t.detach() for t in inputs(2))
+    with torch.no_grad():
+        assert attention_blocks.can_block(q, q, k, v)
+        assert not attention_blocks.can_block(q, q, k.as_subclass(Distributed), v)
+
+
 def test_memory_does_not_grow_with_the_number_of_heads():
     shape, blocks = (4, 8, 64, 4), []
     tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]

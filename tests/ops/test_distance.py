@@ -107,3 +107,17 @@ def test_the_same_errors(name, arguments):
             getattr(home, name)(*arguments)
         kinds.append(caught.type)
     assert kinds[0] is kinds[1]
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_complex_vectors_of_length_one(p):
+    x = torch.randn(3, 4, dtype=torch.complex128, requires_grad=True)
+    g = torch.randn(3, 4, dtype=torch.complex128)
+    ours, theirs = (torch.autograd.grad(n.normalize(x, p), x, g) for n in (B, F))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_least_length_whose_square_is_zero():
+    x = torch.full((2, 3), 1e-21, requires_grad=True)
+    (grad,) = torch.autograd.grad(B.normalize(x, eps=1e-20).sum(), x)
+    torch.testing.assert_close(grad, torch.full((2, 3), 1e20))

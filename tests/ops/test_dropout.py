@@ -105,3 +105,14 @@ def test_odd_shapes_meet_the_warnings_and_errors_of_torch(name, shape, warns):
         if warns and home is B:
             assert caught[0].filename == __file__
     torch.testing.assert_close(*results, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1d", "feature_alpha_dropout"])
+def test_vmap_draws_for_each_entry_if_told_to(name):
+    def drop(x):
+        return getattr(B, name)(x, training=True)
+
+    x = torch.ones(16, 2, 3, 4)
+    same, different = (torch.func.vmap(drop, randomness=r)(x) for r in ("same", "different"))
+    assert all(torch.equal(row, same[0]) for row in same)
+    assert not all(torch.equal(row, different[0]) for row in different)

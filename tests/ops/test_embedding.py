@@ -158,3 +158,18 @@ def test_the_same_errors(name, arguments):
             getattr(home, name)(*arguments)
         kinds.append(caught.type)
     assert kinds[0] is kinds[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_dtypes_count_beyond_what_they_can_hold(dtype):
+    indices = torch.zeros(3000, dtype=torch.long)
+    weight = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+    calls = {
+        3000.0: lambda: B.embedding(indices, weight),
+        1.0: lambda: B.embedding(indices, weight, scale_grad_by_freq=True),
+    }
+    for expected, call in calls.items():
+        (grad,) = torch.autograd.grad(call().sum(), weight)
+        assert grad[0, 0] == torch.tensor(expected, dtype=dtype)
+    (grad,) = torch.autograd.grad(B.embedding_bag(indices[None], weight).sum(), weight)
+    assert grad[0, 0] == 1

@@ -104,6 +104,30 @@ def test_superseded_flags(name: str) -> None:
         assert warned[0] == warned[1], flags
 
 
+@pytest.mark.parametrize("name", ["mse_loss", "huber_loss", "cross_entropy", "nll_loss"])
+def test_the_oldest_name_of_the_mean(name: str) -> None:
+    """Taken for another reduction, it would give the gradient of the sum."""
+    x = normal(4, 3).requires_grad_()
+    classes = name in ("cross_entropy", "nll_loss")
+    target = torch.tensor([0, 2, 1, 1]) if classes else normal(4, 3, seed=1)
+    compare(name, x, target, reduction="elementwise_mean")
+
+
+@pytest.mark.parametrize("weight", [None, normal(3).abs()])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_classes_as_bytes(name: str, weight: Tensor | None) -> None:
+    classes = torch.tensor([0, 2, 1, 1], dtype=torch.uint8)
+    compare(name, normal(4, 3).requires_grad_(), classes, weight)
+
+
+def test_absolute_error_of_complex_numbers_in_forward_mode() -> None:
+    x, y, t = (torch.complex(normal(4, seed=k), normal(4, seed=k + 3)) for k in range(3))
+    found, expected = (
+        torch.func.jvp(lambda x, f=home.l1_loss: f(x, y), (x,), (t,)) for home in (ours, F)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"])
 def test_broadcasting_warns_once(name: str) -> None:
     x, y = normal(3, 1).requires_grad_(), normal(4, seed=1).requires_grad_()

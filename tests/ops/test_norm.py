@@ -209,3 +209,21 @@ def test_relevance_of_norms_is_that_of_the_map_with_a_constant_deviation():
     output = LayerNorm.forward(x, (6,), None, None, 1e-5)
     same = LayerNorm.relevance(relevance, rule, (x, (6,), None, None, 1e-5), output)[0]
     torch.testing.assert_close(got.T, same)
+
+
+@pytest.mark.parametrize("stride", [(12, 1, 4, 1), (12, 1, 4, 12), (12, 1, 4, 4)], ids=str)
+def test_group_norm_takes_any_stride_of_a_dimension_of_size_one(stride):
+    x = torch.randn(24).as_strided((2, 4, 3, 1), stride)
+    y, expected = (h.group_norm(x, 2) for h in (B, F))
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+
+
+def test_rms_norm_of_complex_numbers_is_torchs():
+    leaves = [torch.randn(n, 6, dtype=torch.complex128, requires_grad=True) for n in (3, 1)]
+    g = torch.randn(3, 6, dtype=torch.complex128)
+    for eps in (None, 0.1):
+        ours, theirs = (h.rms_norm(leaves[0], (6,), leaves[1][0], eps) for h in (B, F))
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+        got, want = (torch.autograd.grad(y, leaves, g) for y in (ours, theirs))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -127,3 +127,10 @@ def test_the_bias_takes_its_share() -> None:
 def test_rules_that_make_no_sense_are_refused(settings: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         Rule(**settings)
+
+
+def test_relevance_keeps_a_half_dtype() -> None:
+    x, weight = torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 5, dtype=torch.bfloat16)
+    y = x @ weight.mT
+    shares = Linear.relevance(y, Rule("gamma"), (x, weight, None), y)
+    assert shares[0] is not None and shares[0].dtype == torch.bfloat16

@@ -3,9 +3,10 @@
 A ``TorchFunctionMode`` sees every torch function a model calls, whether from a torch.nn module, a
 torchbp module or the user's own forward. On the first run it notes the arguments and output of
 every op that has a secant rule; on the next run each op is paired with its note, and autograd
-carries multipliers instead of gradients through it. Linear functions need no note: the secant of
-a linear map is its tangent, so torch's own backward is right. Any other function on the path from
-input to loss is refused by name.
+carries multipliers instead of gradients through it. Linear functions need no note but of their
+masks and indices, which must be the same in both runs: the secant of a linear map is its tangent,
+so torch's own backward is right. Any other function on the path from input to loss is refused by
+name.
 
 The mode was chosen over ``torch.fx`` and ``torch.export`` because it needs no graph capture: data
 dependent Python in a forward runs as it is, and so do tensors of any layout.

@@ -252,9 +252,9 @@ def elementwise_backward(
 
     Args:
         grad_output: Shape, dtype and device of ``kept``.
-        kept: x, or ``f(x)`` in its place for ``tanh``, ``sigmoid``, ``hardtanh`` and ``softshrink``
-            (for ``relu`` and ``leaky_relu`` either will do); any shape; float32, float64, bfloat16
-            or float16.
+        kept: x, or ``f(x)`` in its place for ``tanh``, ``sigmoid`` and ``softshrink`` (either will
+            do for ``relu``, ``leaky_relu``, ``hardtanh`` and ``hardshrink``); any shape; float32,
+            float64, bfloat16 or float16.
         function: ``relu``, ``leaky_relu`` (slope ``a``), ``gelu``, ``gelu_tanh``, ``silu``,
             ``tanh``, ``sigmoid``, ``softplus`` (sharpness ``a``, threshold ``b``), ``log_sigmoid``,
             ``mish``, ``softsign``, ``tanhshrink``, ``elu`` (``a``), ``celu`` (``a``), ``selu``,

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchbp.ops.arithmetic import div
 from torchbp.ops.elementwise import Elementwise
+from torchbp.ops.linear import add
+from torchbp.ops.pointwise import abs as absolute
 from torchbp.ops.registry import Maker, Sample, register, sample
 
 
@@ -339,6 +342,9 @@ def softsign(input: Tensor) -> Tensor:
     Returns:
         The shape of ``input``.
     """
+    if input.is_complex():  # not holomorphic, hence by way of the parts that know what to do
+        size = absolute(input)
+        return div(input, add(size, torch.ones_like(size)))
     return Softsign.call(input)
 
 

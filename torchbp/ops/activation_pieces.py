@@ -88,7 +88,7 @@ class Threshold(Elementwise):
 
 
 class Hardtanh(Elementwise):
-    """``y = min(max(x, low), high)``; ``∂x = g`` where ``low < y < high``, else 0."""
+    """``y = min(max(x, low), high)``; ``∂x = g`` where ``low < x < high``, else 0."""
 
     fused = "hardtanh"
 
@@ -102,7 +102,9 @@ class Hardtanh(Elementwise):
 
     @staticmethod
     def keep(x: Tensor, y: Tensor, low: float, high: float) -> Tensor:
-        return y
+        # y tells as much, unless a half dtype rounds a bound: bfloat16's 0.1 is more than 0.1.
+        exact = low % 1 == high % 1 == 0 and -256 <= low <= high <= 256
+        return y if exact else x
 
     @staticmethod
     def tangent(v: Tensor, kept: Tensor, low: float, high: float) -> Tensor:
@@ -169,6 +171,10 @@ class Hardshrink(Elementwise):
     @staticmethod
     def forward(x: Tensor, lambd: float) -> Tensor:
         return F.hardshrink(x, lambd)
+
+    @staticmethod
+    def keep(x: Tensor, y: Tensor, lambd: float) -> Tensor:
+        return y if lambd >= 0 else x  # forward compares with λ as the dtype of x rounds it
 
     @staticmethod
     def tangent(v: Tensor, kept: Tensor, lambd: float) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.overrides import has_torch_function
 
-from torchbp.ops.base import wide
+from torchbp.ops.base import is_plain, wide
 
 #: Bytes of one attention matrix of a block of heads: what stays in a core's cache.
 BLOCK_BYTES = 1 << 20
@@ -54,7 +53,7 @@ def can_block(grad_output: Tensor, *tensors: Tensor) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not _are_functorch_transforms_active()
-        and not has_torch_function(tensors)
+        and is_plain(*tensors)
         and not is_legacy_batchedtensor(grad_output)  # is_grads_batched
         and 2 <= query.dim() <= 4
         and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]

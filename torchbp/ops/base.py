@@ -76,26 +76,36 @@ def _door(op: type[Op]) -> Callable[..., Any]:
     traced: Any = type(f"{op.__name__}Traced", (torch.autograd.Function,), body)
     policies = op.autocast
     direct = eager(op)
+    dual = eager(_with_tangents(op))
 
     def call(*args: Any) -> Any:
         if is_compiling():
-            return traced.apply(*args)
+            device = args[0].device.type if isinstance(args[0], Tensor) else "meta"
+            if device == "meta" or not torch.is_autocast_enabled(device):
+                return traced.apply(*args)
+            args = _autocast(args, policies.get(device), torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return traced.apply(*args)
         if has_torch_function(args):  # a mode, such as the secant tape, or a Tensor subclass
             return handle_torch_function(call, args, *args)
         if not isinstance(args[0], Tensor):
             return op.forward(*args)  # torch's own error for it
         if _is_any_autocast_enabled():
             device = args[0].device.type
-            if torch.is_autocast_enabled(device):
+            if device != "meta" and torch.is_autocast_enabled(device):  # which refuses to ask there
                 # Backward runs outside autocast, so the cast must be part of the graph: cast the
                 # arguments here, then keep autocast away from the inside of the op.
                 args = _autocast(args, policies.get(device), torch.get_autocast_dtype(device))
                 transformed = _are_functorch_transforms_active()
                 with torch.autocast(device, enabled=False):
-                    return op.apply(*args) if transformed else direct(*args)
+                    if transformed:
+                        return op.apply(*args)
+                    return direct(*args) if forward_ad._current_level < 0 else dual(*args)
         if _are_functorch_transforms_active():
             return op.apply(*args)
-        if not is_grad_enabled() and forward_ad._current_level < 0:
+        if forward_ad._current_level >= 0:
+            return dual(*args)
+        if not is_grad_enabled():
             return op.forward(*args)  # nobody asks for a derivative
         return direct(*args)
 
@@ -127,6 +137,29 @@ def eager(op: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+def _with_tangents(op: type[Op]) -> type[Op]:
+    """The op for dual tensors: its backward must carry their tangents along.
+
+    With grad mode off, backward may take what it saved for constants and call kernels, neither of
+    which has a tangent. It is therefore made to run as for a second derivative.
+    """
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if is_grad_enabled():
+            return op.backward(ctx, *grads)
+        with torch.enable_grad():
+            results = op.backward(ctx, *grads)
+        # A clone leaves the graph behind, and unlike detach() takes the tangent along.
+        if isinstance(results, Tensor):
+            return results.clone()
+        return tuple(None if r is None else r.clone() for r in results)
+
+    members = {"backward": staticmethod(backward)}
+    for name in ("forward", "setup_context", "jvp"):
+        members[name] = staticmethod(getattr(op, name))
+    return type(op.__name__, (torch.autograd.Function,), members)
+
+
 def _autocast(args: tuple[Any, ...], policy: Policy | None, dtype: torch.dtype) -> tuple[Any, ...]:
     if policy is None:
         return args
@@ -148,6 +181,22 @@ def add_tangents(*tangents: Tensor | None) -> Tensor | None:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 if its dtype is a half one: sums of many terms need the digits."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether compiled operators take them: no subclass such as DTensor, which brings its own.
+
+    ``has_torch_function`` does not tell in a backward pass that ``DTensor.backward`` has started.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
+
+
+def cast(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error of a tensor of that dtype: the real part where the tensor is real."""
+    return (grad.real if grad.is_complex() and not dtype.is_complex else grad).to(dtype)
 
 
 def midpoint(a: Any, a0: Any) -> Any:

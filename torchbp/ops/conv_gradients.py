@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from torchbp import kernels
 from torchbp.kernels.reference_conv import CONV, conv_grad_weight, crop
-from torchbp.ops.base import Op, add_tangents, midpoint
+from torchbp.ops.base import Op, add_tangents, is_plain, midpoint
 from torchbp.ops.relevance import weighted
 
 Size = int | Sequence[int]
@@ -189,7 +189,7 @@ def grad_weight(
     """
     if x.dim() == len(kernel) + 1:
         x, grad_output = x.unsqueeze(0), grad_output.unsqueeze(0)
-    compute = conv_grad_weight
+    compute: Any = conv_grad_weight
     if _for_kernel(grad_output, x):
         # The kernel's lanes run along positions; a long window at a few of them is a matrix.
         few = math.prod(kernel) > 16 * math.prod(grad_output.shape[2:]) and groups == 1
@@ -233,5 +233,6 @@ def _for_kernel(grad_output: Tensor, x: Tensor) -> bool:
         and grad_output.dtype == x.dtype
         and not torch.compiler.is_compiling()
         and not _are_functorch_transforms_active()
-        and not has_torch_function((grad_output, x))
+        and is_plain(grad_output, x)
+        and not has_torch_function((grad_output, x))  # a mode
     )

@@ -173,7 +173,7 @@ def index_rows(
         ignored; and that times the weight of its class.
     """
     ignored, scale = target == ignore, wide(multiplier)
-    index = target.masked_fill(ignored, 0)
+    index = target.masked_fill(ignored, 0).long()  # torch takes bytes too
     own = None if weight is None else wide(weight)[index]
     if reduction == "mean":
         scale = scale / (

@@ -28,12 +28,12 @@ class _Scaled:
 
     def tangent(self, g: Tensor, along: Tensor) -> Tensor:
         """Error of x from ``g``, that of ``x / n``, and ``along = Σ g x``."""
-        return g * self.scale - self._bound(along * self.scale.square())
+        return g * self.scale - self._bound(along * self.scale * self.scale)
 
     def pushed(self, t: Tensor) -> Tensor:
         """Tangent of ``x / n`` from that of x."""
-        longer = (self._bound(torch.ones_like(self.norm)) * t).sum(self.dim, keepdim=True)
-        return t * self.scale - self.x * (self.scale.square() * longer)
+        longer = _dot(t, self._bound(torch.ones_like(self.norm)), self.dim)
+        return t * self.scale - self.x * (longer * self.scale * self.scale)
 
     def _bound(self, weight: Tensor) -> Tensor:
         """``weight ∂n``; below eps nothing."""
@@ -53,6 +53,12 @@ class _Scaled:
         share = torch.where(same, self.norm >= self.eps, bounded / gap.masked_fill(same, 1))
         chord = p_norm.chord(self.x, other.x, self.norm, other.norm, self.p, self.dim)
         return m * midpoint(self.scale, other.scale) + of_bounded * share * chord
+
+
+def _dot(a: Tensor, b: Tensor, dim: Dims) -> Tensor:
+    """``Σ Re(a b*)``, the scalar product also of complex vectors."""
+    products = (a * b.conj()).sum(dim, keepdim=True)
+    return products.real if products.is_complex() else products
 
 
 class Normalize(Op):
@@ -80,7 +86,7 @@ class Normalize(Op):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         scaled, g = _scaled(x, *ctx.settings), wide(grad_output)
-        along = (g * scaled.x).sum(scaled.dim, keepdim=True)
+        along = _dot(g, scaled.x, scaled.dim)
         return scaled.tangent(g, along).to(x.dtype), None, None, None
 
     @staticmethod

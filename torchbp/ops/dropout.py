@@ -125,7 +125,8 @@ def _channel_noise(x: Tensor, p: float, batched: bool = True) -> Tensor:
             f"feature dropout: expected an input of at least 2 dimensions, but got {x.dim()}"
         )
     shape = [*x.shape[:kept], *[1] * (x.dim() - kept)]
-    return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
+    # Of x, so that under vmap with different randomness each batch entry gets its own.
+    return x.new_empty(shape).bernoulli_(1 - p)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

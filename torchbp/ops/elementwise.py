@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from torchbp import kernels
-from torchbp.ops.base import Op, wide
+from torchbp.ops.base import Op, is_plain, wide
 from torchbp.ops.relevance import passes
 
 _FUSED_DEVICES = (
@@ -101,14 +101,12 @@ def _in_place_door(op: type[Elementwise]) -> Callable[..., Tensor]:
         keeps_input: Any = keep(True, False, *settings)  # type: ignore[arg-type]
         if has_torch_function((x,)):  # a tape keeps the op's arguments: it gets a copy
             return x.copy_(call(x.clone(), *settings))
-        if (
-            is_compiling()
-            or _are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        ):
+        if is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return x.copy_(call(x.clone() if keeps_input else x, *settings))
         if not torch.is_grad_enabled() or not x.requires_grad:
             return op.overwrite(x, *settings)
+        if (x if x._base is None else x._base).is_leaf:
+            x.copy_(x)  # torch's own error for it, before anything has changed
         result: Tensor = InPlace.apply(x, x.clone() if keeps_input else None, *settings)
         return result
 
@@ -153,7 +151,7 @@ def _secant(op: type[Elementwise]) -> Callable[..., tuple[Tensor | None, ...]]:
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
         (x, *settings), x0 = args, args0[0]
-        gap = x - x0
+        gap = (x - x0).masked_fill(x == x0, 0)  # of equal infinities, too
         small = gap.abs() < 0.2 * torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
         side = op.branch(x, *settings)
         if side is not None:
@@ -175,7 +173,7 @@ def can_fuse(*tensors: Tensor) -> bool:
     for tensor in tensors:  # this is called every time, and all() takes three times as long
         if tensor.dtype is not dtype:
             return False
-    return True
+    return is_plain(*tensors)
 
 
 def tangent_of(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, midpoint
+from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule
 
@@ -99,12 +99,13 @@ def rows_summed(
             flat, rows = flat[kept], rows[kept]
         shape = (size, rows.shape[-1])
         return torch.sparse_coo_tensor(flat[None], rows, shape, check_invariants=False)
+    rows = wide(rows)
     if by_frequency:
         rows = rows / _frequencies(flat, size, rows)[:, None]
-    total = g.new_zeros(size, rows.shape[-1]).index_add_(0, flat, rows)
+    total = rows.new_zeros(size, rows.shape[-1]).index_add_(0, flat, rows)
     if padding_idx is not None:
         total.select(0, padding_idx).zero_()
-    return total
+    return total.to(g.dtype)
 
 
 def _frequencies(flat: Tensor, size: int, like: Tensor) -> Tensor:

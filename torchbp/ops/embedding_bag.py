@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, add_tangents, midpoint
+from torchbp.ops.base import Op, add_tangents, midpoint, wide
 from torchbp.ops.embedding import rows_summed
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient
@@ -54,7 +54,7 @@ class _Bags:
 
     def sizes(self, like: Tensor) -> Tensor:
         """``(bags, 1)``: how many indices of each bag count."""
-        ones = self.counts().to(like.dtype)
+        ones = wide(self.counts().to(like.dtype))
         return ones.new_zeros(self.count).index_add_(0, self.bag, ones)[:, None]
 
 
@@ -156,7 +156,7 @@ class _PerPosition:
         self.size, self.shape = size, indices.shape
         self.bags = _Bags(indices, offsets, include_last, self.padding_idx, size)
         if mode == "mean":
-            g = g / self.bags.sizes(g).clamp(min=1)
+            g = (g / self.bags.sizes(g).clamp(min=1)).to(g.dtype)
         self.rows = g.index_select(0, self.bags.bag)
 
     def of_weight(self, scales: Tensor | None) -> Tensor:
@@ -176,7 +176,7 @@ class EmbeddingBagMax(Op):
     """``y[b] = max W[i_p]`` over bag b, feature by feature; the second output names the rows.
 
     Backward: g goes to the row that gave the maximum. Secant: a maximum that moves from row v₀ to
-    row v splits its multiplier as in :class:`torchbp.ops.pool.MaxPool2d`. LRP: to that row.
+    row v splits its multiplier as in :class:`torchbp.ops.max_pool.MaxPool2d`. LRP: to that row.
     """
 
     @staticmethod

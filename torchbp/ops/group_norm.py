@@ -144,11 +144,18 @@ class GroupNorm(Op):
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether torch's kernel reads ``x`` as it is, channels last: on the CPU, outside vmap."""
+    """Whether torch's kernel reads ``x`` as it is, channels last: on the CPU, outside vmap.
+
+    It refuses strides of dimensions of size 1 that are not as torch itself sets them.
+    """
     if x.device.type != "cpu" or x.dim() not in (4, 5) or _are_functorch_transforms_active():
         return False
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=last)
+    if not x.is_contiguous(memory_format=last):
+        return False
+    if 1 not in x.shape:
+        return True
+    return x.stride() == torch.empty(x.shape, device="meta", memory_format=last).stride()
 
 
 def _normalised(

@@ -199,6 +199,8 @@ class RMSNorm(Op):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, _, needs_weight, _ = ctx.needs_input_grad
+        if x.is_complex():  # the map has real coefficients: conj(f'(x)) = f'(conj(x))
+            x, weight = x.conj(), None if weight is None else weight.conj()
         over = _over(x, ctx.shape)
         of_x = of_weight = None
         if can_use_kernel(grad_output, x):
@@ -279,5 +281,6 @@ def rms_norm(
         RuntimeError: if the shapes do not fit.
     """
     if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+        double = input.dtype in (torch.float64, torch.complex128)
+        eps = torch.finfo(torch.float64 if double else torch.float32).eps
     return RMSNorm.call(input, tuple(normalized_shape), weight, eps)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, add_tangents, midpoint, sum_to
+from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient, weighted
 
@@ -127,13 +127,14 @@ class Add(Op):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        alpha = ctx.alpha.conjugate() if isinstance(ctx.alpha, complex) else ctx.alpha
         if ctx.alike:
-            return grad_output, _scaled(grad_output, ctx.alpha), None
+            return grad_output, _scaled(grad_output, alpha), None
         (shape_a, shape_b), (dtype_a, dtype_b) = ctx.shapes, ctx.dtypes
         needs_a, needs_b, _ = ctx.needs_input_grad
         return (
-            sum_to(grad_output, shape_a).to(dtype_a) if needs_a else None,
-            sum_to(_scaled(grad_output, ctx.alpha), shape_b).to(dtype_b) if needs_b else None,
+            cast(sum_to(grad_output, shape_a), dtype_a) if needs_a else None,
+            cast(sum_to(_scaled(grad_output, alpha), shape_b), dtype_b) if needs_b else None,
             None,
         )
 
@@ -161,7 +162,7 @@ class Add(Op):
         return sum_to(of_a, a.shape), sum_to(of_b, b.shape), None
 
 
-def _scaled(tensor: Tensor, alpha: float) -> Tensor:
+def _scaled(tensor: Tensor, alpha: complex) -> Tensor:
     return tensor if alpha == 1 else tensor * alpha
 
 

@@ -114,13 +114,14 @@ def _jvp(
         shape = _terms_shape(tensors[:shaping])
         terms = add_tangents(
             *(
-                slope(i, t.expand(shape), *tensors, *ctx.settings)
+                slope(i, t.conj().expand(shape), *tensors, *ctx.settings)
                 for i, t in enumerate(tangents[:shaping])
                 if t is not None
             )
         )
         if terms is None:
             return None
+        terms = torch.real(terms)  # of complex numbers: Re(conj(slope) t)
         return reduced(terms.sum(-1) if by_row else terms, ctx.reduction).to(ctx.dtype)
 
     return jvp
@@ -243,14 +244,13 @@ def relu_slope(h: Tensor, h0: Tensor, at_zero: bool = RISES_AT_ZERO) -> Tensor:
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """``reduction``, or what the older pair of flags meant; those come with a warning."""
-    if size_average is None and reduce is None:
+    """``reduction``, or what its older names and flags meant; those come with a warning."""
+    flags = size_average is not None or reduce is not None
+    if not flags and reduction != "elementwise_mean":
         return reduction
     if not is_compiling():  # warnings cannot be traced
-        warnings.warn(
-            "size_average and reduce are superseded by reduction='none', 'mean' or 'sum'",
-            stacklevel=3,
-        )
+        older = "size_average and reduce are" if flags else "reduction='elementwise_mean' is"
+        warnings.warn(f"{older} superseded by reduction='none', 'mean' or 'sum'", stacklevel=3)
     if reduce is not None and not reduce:
         return "none"
     return "mean" if size_average is None or size_average else "sum"

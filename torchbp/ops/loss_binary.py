@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops.base import midpoint
-from torchbp.ops.loss import Loss, legacy_reduction, onto, refuse_gradient
+from torchbp.ops.loss import Loss, check_reduction, legacy_reduction, onto, refuse_gradient
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.softmax import log_mean
 
@@ -357,5 +357,7 @@ def multilabel_soft_margin_loss(
     Raises:
         ValueError: for an unknown reduction.
     """
+    if size_average is None and reduce is None:
+        check_reduction("multilabel_soft_margin_loss", reduction)
     reduction = legacy_reduction(size_average, reduce, reduction)
     return MultiLabelSoftMargin.call(input, target, weight, reduction)

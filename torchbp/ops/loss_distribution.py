@@ -250,8 +250,9 @@ def poisson_nll_loss(
     Raises:
         ValueError: for an unknown reduction.
     """
+    if size_average is None and reduce is None:
+        check_reduction("poisson_nll_loss", reduction)
     reduction = legacy_reduction(size_average, reduce, reduction)
-    check_reduction("poisson_nll_loss", reduction)
     return PoissonNLL.call(input, target, log_input, full, eps, reduction)
 
 

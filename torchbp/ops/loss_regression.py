@@ -376,6 +376,7 @@ def huber_loss(
         RuntimeError: if ``delta`` is not positive.
         ValueError: for a ``weight`` of another shape, or an unknown reduction.
     """
+    reduction = legacy_reduction(None, None, reduction)
     warn_of_broadcast("huber_loss", input, target)
     if weight is None:
         return Huber.call(input, target, delta, reduction)

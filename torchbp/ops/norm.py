@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from torchbp import kernels
-from torchbp.kernels.reference import DTYPES
-from torchbp.ops.base import add_tangents, midpoint
+from torchbp.kernels.reference_common import DTYPES
+from torchbp.ops.base import add_tangents, is_plain, midpoint
 from torchbp.ops.relevance import quotient
 
 
@@ -132,7 +131,7 @@ def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
         and grad_output.dtype == x.dtype
         and x.dtype in DTYPES
         and not torch.compiler.is_compiling()
-        and not has_torch_function((grad_output, x))
+        and is_plain(grad_output, x)
     )
 
 

@@ -41,7 +41,7 @@ def chord(
 
     ``p = 2``: ``(x + x₀) / (‖x‖ + ‖x₀‖)``. Otherwise composed of the secants of ``|·|^p`` and of
     the root; ``p = ∞``: of ``|·|`` and of the maximum, which is split between the two runs' places
-    as in :class:`torchbp.ops.pool.MaxPool2d`.
+    as in :class:`torchbp.ops.max_pool.MaxPool2d`.
 
     Args:
         x: the vectors of the actual run.

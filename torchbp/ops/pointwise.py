@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.ops.arithmetic import mul
+from torchbp.ops.arithmetic import Pow, tensor_beside
 from torchbp.ops.elementwise import Elementwise
+from torchbp.ops.reduce import Maximum, least
 from torchbp.ops.registry import Maker, Sample, register, sample
 
 
@@ -113,7 +114,7 @@ class Power(Elementwise):
 
 
 class Abs(Elementwise):
-    """``y = |x|``; ``∂x = g sign(x)``."""
+    """``y = |x|``; ``∂x = g sign(x)``, for complex x ``g x / |x|``."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -121,7 +122,9 @@ class Abs(Elementwise):
 
     @staticmethod
     def tangent(v: Tensor, kept: Tensor) -> Tensor:
-        return v * kept.sgn()
+        # Not holomorphic: the sign is conjugated for a tangent, not for an error, which is real.
+        result = v * kept.sgn().conj()
+        return result.real if v.is_complex() else result
 
     @staticmethod
     def branch(x: Tensor) -> Tensor:
@@ -265,6 +268,8 @@ def _power_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(3, 4), 3)
     yield sample(make.positive(3, 4), -0.5)
     yield sample(make.positive(3, 4), 0)
+    yield sample(make.positive(3, 4), make(4))
+    yield sample(make.positive(3, 1), make(2, 1, 2))
     yield sample(make(0, 4), 2)
 
 
@@ -274,21 +279,19 @@ def _power_samples(make: Maker) -> Iterator[Sample]:
     inplace=[Tensor.pow_, Tensor.__ipow__],
     samples=_power_samples,
 )
-def pow(input: Tensor, exponent: float) -> Tensor:
+def pow(input: Tensor | float, exponent: Tensor | float) -> Tensor:
     """``input ^ exponent``, as :func:`torch.pow`.
 
     Args:
-        input: any shape.
-        exponent: a number. A tensor goes through ``exp(exponent * log(input))``, so that input
-            must be positive then.
+        input: any shape; a number if ``exponent`` is a tensor.
+        exponent: a number, or a tensor of a shape that broadcasts with ``input``.
 
     Returns:
-        Shape of ``input``.
+        The power, in the broadcast shape.
     """
     if not isinstance(exponent, Tensor):
         return Power.call(input, exponent)
-    base = input if isinstance(input, Tensor) else torch.as_tensor(input, dtype=exponent.dtype)
-    return Exp.call(mul(exponent, Log.call(base)))
+    return Pow.call(tensor_beside(exponent, input), exponent)
 
 
 @register(torch.square, replaces=[Tensor.square], inplace=[Tensor.square_], samples=_any_sign)
@@ -337,6 +340,7 @@ def _clamp_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(3, 4), -0.5, 0.7)
     yield sample(make(3, 4), min=0.1)
     yield sample(make(3, 4), max=0.1)
+    yield sample(make(3, 4), make(4), make(3, 1))
     yield sample(make(0, 4), 0, 1)
 
 
@@ -347,28 +351,32 @@ def _clamp_samples(make: Maker) -> Iterator[Sample]:
     samples=_clamp_samples,
 )
 def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    """``input`` kept within bounds, as :func:`torch.clamp` with numbers.
+    """``input`` kept within bounds, as :func:`torch.clamp`.
 
     Args:
         input: any shape.
-        min: the lower bound, or ``None``.
-        max: the upper bound, or ``None``.
+        min: the lower bound, a number or a tensor of a shape that broadcasts, or ``None``.
+        max: the upper bound, likewise; a tensor only if ``min`` is none or a tensor.
 
     Returns:
-        Shape of ``input``.
+        The broadcast shape. Where ``input`` equals a bound, the error is its own.
     """
-    return Clamp.call(input, min, max)
+    if not (isinstance(min, Tensor) or isinstance(max, Tensor)):
+        return Clamp.call(input, min, max)
+    if min is not None:
+        input = Maximum.call(input, min, 1.0)
+    return input if max is None else least(input, max, 1.0)
 
 
 @register(torch.clamp_min, replaces=[Tensor.clamp_min], inplace=[Tensor.clamp_min_],
           samples=lambda make: iter([sample(make(3, 4), 0.1), sample(make(0, 4), 0)]))  # fmt: skip
 def clamp_min(input: Tensor, min: Any) -> Tensor:
-    """``max(input, min)``, as :func:`torch.clamp_min` with a number."""
-    return Clamp.call(input, min, None)
+    """``max(input, min)``, as :func:`torch.clamp_min`; see :func:`clamp`."""
+    return clamp(input, min)
 
 
 @register(torch.clamp_max, replaces=[Tensor.clamp_max], inplace=[Tensor.clamp_max_],
           samples=lambda make: iter([sample(make(3, 4), 0.1), sample(make(0, 4), 0)]))  # fmt: skip
 def clamp_max(input: Tensor, max: Any) -> Tensor:
-    """``min(input, max)``, as :func:`torch.clamp_max` with a number."""
-    return Clamp.call(input, None, max)
+    """``min(input, max)``, as :func:`torch.clamp_max`; see :func:`clamp`."""
+    return clamp(input, None, max)

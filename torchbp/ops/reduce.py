@@ -38,7 +38,7 @@ class LogSumExp(Op):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         y, g = (_kept(t, ctx.dim, x.dim(), ctx.keepdim) for t in (y, grad_output))
-        return g * _share(x, y), None, None
+        return g * _share(x, y).conj(), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, *_: Any) -> Tensor | None:
@@ -62,7 +62,7 @@ def _share(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kept(tensor: Tensor, dim: Sequence[int], dims: int, keepdim: bool) -> Tensor:
-    if not keepdim:
+    if not keepdim and dims:
         for d in sorted(d % dims for d in dim):
             tensor = tensor.unsqueeze(d)
     return tensor
@@ -95,7 +95,7 @@ def logsumexp(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) ->
 
 
 class Maximum(Op):
-    """``y = max(a, b)``; the greater receives the error, equal ones half each.
+    """``y = max(a, b)``; the greater receives the error, of equal ones a as much as ``tie`` says.
 
     Secant: where both runs choose the same, the difference is that one's; where the choice
     changes, the mixture ``λ a + (1 - λ) b`` with the λ that gives the difference exactly. With
@@ -103,24 +103,24 @@ class Maximum(Op):
     """
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
+    def forward(a: Tensor, b: Tensor, tie: float) -> Tensor:
         return torch.maximum(a, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        a, b, ctx.tie = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        weight = _wins(a, b)
-        return sum_to(grad_output * weight, a.shape), sum_to(grad_output * (1 - weight), b.shape)
+        return *_shared(grad_output, _wins(a, b, ctx.tie), a, b), None
 
     @staticmethod
-    def jvp(ctx: Any, ta: Tensor | None, tb: Tensor | None) -> Tensor | None:
+    def jvp(ctx: Any, ta: Tensor | None, tb: Tensor | None, _: Any) -> Tensor | None:
         a, b = ctx.saved_tensors
-        weight = _wins(a, b)
+        weight = _wins(a, b, ctx.tie)
         return add_tangents(
             None if ta is None else ta * weight, None if tb is None else tb * (1 - weight)
         )
@@ -129,28 +129,29 @@ class Maximum(Op):
     def secant(
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
-        (a, b), (a0, b0) = args, args0
-        win, win0 = _wins(a, b), _wins(a0, b0)
+        (a, b, tie), (a0, b0, _) = args, args0
+        win, win0 = _wins(a, b, tie), _wins(a0, b0, tie)
         by_a, by_b, change = a - a0, b - b0, output - output0
         gap = by_a - by_b
         mixed = (change - by_b) / gap.masked_fill(gap == 0, 1)
         weight = torch.where((win == win0) | (gap == 0), (win + win0) / 2, mixed)
-        of_a = sum_to(multiplier * weight, a.shape)
-        return of_a, sum_to(multiplier * (1 - weight), b.shape)
+        return *_shared(multiplier, weight, a, b), None
 
     @classmethod
     def relevance(
         cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
     ) -> tuple[Tensor | None, ...]:
         """Winner takes all."""
-        weight = _wins(*args)
-        a, b = args
-        return sum_to(relevance * weight, a.shape), sum_to(relevance * (1 - weight), b.shape)
+        return *_shared(relevance, _wins(*args), *args[:2]), None
 
 
-def _wins(a: Tensor, b: Tensor) -> Tensor:
-    """1 where a is greater, 0 where b is, a half where they are equal."""
-    return (a > b).to(a.dtype) + 0.5 * (a == b).to(a.dtype)
+def _wins(a: Tensor, b: Tensor, tie: float) -> Tensor:
+    """1 where a is greater, 0 where b is, ``tie`` where they are equal."""
+    return (a > b).to(a.dtype) + tie * (a == b).to(a.dtype)
+
+
+def _shared(g: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return sum_to(g * weight, a.shape), sum_to(g * (1 - weight), b.shape)
 
 
 def _two(make: Maker) -> Iterator[Sample]:
@@ -162,13 +163,24 @@ def _two(make: Maker) -> Iterator[Sample]:
 @register(torch.maximum, replaces=[Tensor.maximum], samples=_two)
 def maximum(input: Tensor, other: Tensor) -> Tensor:
     """The greater of two tensors, element by element, as :func:`torch.maximum`."""
-    return Maximum.call(input, other)
+    return Maximum.call(input, other, 0.5)
 
 
 @register(torch.minimum, replaces=[Tensor.minimum], samples=_two)
 def minimum(input: Tensor, other: Tensor) -> Tensor:
     """The lesser of two tensors, element by element, as :func:`torch.minimum`."""
-    return -Maximum.call(-input, -other)
+    return least(input, other, 0.5)
+
+
+def least(a: Tensor, b: Tensor, tie: float) -> Tensor:
+    """The lesser of two tensors; where they are equal, a receives ``tie`` of the error."""
+    if not (a.is_floating_point() and b.is_floating_point()):
+        # The negatives of integers need not exist.
+        dtype = torch.result_type(a, b)
+        if not dtype.is_floating_point:
+            return torch.minimum(a, b)
+        a, b = a.to(dtype), b.to(dtype)
+    return -Maximum.call(-a, -b, tie)
 
 
 class Amax(Op):
@@ -248,6 +260,8 @@ def amax(input: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) ->
 @register(torch.amin, replaces=[Tensor.amin], samples=_amax_samples)
 def amin(input: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Tensor:
     """The minimum over dimensions, as :func:`torch.amin`; see :func:`amax`."""
+    if not input.is_floating_point():  # the negatives of integers need not exist
+        return torch.amin(input, _dims(input, dim), keepdim)
     return -Amax.call(-input, _dims(input, dim), keepdim)
 
 

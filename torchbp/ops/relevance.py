@@ -65,7 +65,7 @@ class Rule:
 
 def quotient(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
     """``relevance / (z + epsilon sign(z))``; zero where nothing came to ``z`` and epsilon is 0."""
-    stabilised = z + torch.where(z < 0, -epsilon, epsilon)
+    stabilised = z + torch.where(z < 0, -epsilon, epsilon).to(z.dtype)
     return torch.where(stabilised == 0, 0, relevance / stabilised.masked_fill(stabilised == 0, 1))
 
 

@@ -52,8 +52,8 @@ inline void check_batch_norm(const Tensor& grad_output, const Tensor& x, const T
     const int64_t groups = mean.size(1);
     STD_TORCH_CHECK(training, "training: statistics of groups are those of the input");
     STD_TORCH_CHECK(mean.size(0) == x.size(0) && groups > 0 && x.size(1) % groups == 0,
-                    "mean: expected samples x groups that divide the ", x.size(1),
-                    " channels of ", x.size(0), " samples, got ", mean.size(0), " x ", groups);
+                    "mean: expected samples x groups that divide the ", x.size(1), " channels of ",
+                    x.size(0), " samples, got ", mean.size(0), " x ", groups);
     check_same_shape(rstd, "rstd", mean, "mean");
     check_values(mean, "mean", mean.numel(), x);
     check_values(rstd, "rstd", mean.numel(), x);
