@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchbp.ops.arithmetic import MatMul
 from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient, weighted
@@ -88,6 +89,7 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(2, 3, 5), make(4, 5), make(4))
     yield sample(make(2, 2, 3, 5), make(4, 5))
     yield sample(make(5), make(4, 5), make(4))
+    yield sample(make(2, 5), make(5))
     yield sample(make(0, 5), make(4, 5), make(4))
 
 
@@ -97,12 +99,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: ``(*, in_features)``.
-        weight: ``(out_features, in_features)``.
+        weight: ``(out_features, in_features)``, or ``(in_features,)`` for one output.
         bias: ``(out_features,)`` or ``None``.
 
     Returns:
-        ``(*, out_features)``.
+        ``(*, out_features)``, without the last dimension where the weight has only one.
     """
+    if bias is None and isinstance(weight, Tensor) and weight.dim() == 1:
+        return MatMul.call(input, weight)
     return Linear.call(input, weight, bias)
 
 
@@ -170,19 +174,25 @@ def _add_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(3, 4), make(3, 4))
     yield sample(make(2, 3, 4), make(4), alpha=0.5)
     yield sample(make(3, 1), make(1, 4), alpha=2)
+    yield sample(make(3, 4), 0.1)
     yield sample(make(0, 4), make(4))
 
 
 @register(torch.add, samples=_add_samples)
-def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+def add(input: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
     """``input + alpha * other``, as :func:`torch.add` of two tensors (broadcasting).
 
     Args:
         input: any shape.
-        other: a shape that broadcasts with ``input``.
+        other: a shape that broadcasts with ``input``, or a number.
         alpha: factor of ``other``.
 
     Returns:
         The sum, in the broadcast shape.
     """
+    if not isinstance(other, Tensor):
+        # In the tensor's dtype, for a tensor without dimensions would be rounded to the default.
+        keeps = input.is_complex() or (input.is_floating_point() and not isinstance(other, complex))
+        dtype = input.dtype if keeps else None
+        other = torch.full((), other, dtype=dtype, device=input.device)
     return Add.call(input, other, alpha)

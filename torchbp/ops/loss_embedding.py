@@ -73,6 +73,7 @@ def _cosine_samples(make: Maker) -> Iterator[Sample]:
         yield sample(make(4, 3), make(4, 3), target, reduction=reduction)
     yield sample(make(4, 3), make(4, 3), target, -0.4)
     yield sample(make(3), make(3), target[0])
+    yield sample(make(1, 3), make(1, 3), target)
     yield sample(make(0, 3), make(0, 3), target[:0], reduction="sum")
 
 
@@ -94,7 +95,7 @@ def cosine_embedding_loss(
     """Angles between pairs, as :func:`torch.nn.functional.cosine_embedding_loss`.
 
     Args:
-        input1: ``(N, D)`` or ``(D,)``.
+        input1: ``(N, D)``, ``(1, D)`` or ``(D,)``.
         input2: shape of ``input1``.
         target: ``(N,)`` or ``()``: 1 (alike) or -1 (not alike).
         margin: cosine below which a pair that is not alike costs nothing.
@@ -109,4 +110,7 @@ def cosine_embedding_loss(
         RuntimeError: if the shapes do not fit.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
+    if input1.dim() == 2 and target.dim() == 1 and len(input1) == len(input2) == 1:
+        # One pair with many targets, as torch allows it.
+        input1, input2 = (x.expand(len(target), -1) for x in (input1, input2))
     return CosineEmbedding.call(input1, input2, target, margin, reduction)
