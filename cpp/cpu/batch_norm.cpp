@@ -95,8 +95,8 @@ static void over_rows(const BatchNorm<T>& q, const BatchNormLoops<T>& loops, Cha
           const int64_t row = part.row_begin(block), plane = n * q.channels + column;
           const int64_t at = n * sample + row * q.channels + column;
           loops.row_sums(q.grad_output + at, q.x + at, mean + plane, part.row_end(block) - row,
-                           q.channels, part.column_end(t) - column,
-                           parts.data() + block * planes + plane);
+                         q.channels, part.column_end(t) - column,
+                         parts.data() + block * planes + plane);
         }
       });
   for (int64_t block = 0; block < part.blocks; ++block)
@@ -126,8 +126,8 @@ static void over_rows(const BatchNorm<T>& q, const BatchNormLoops<T>& loops, Cha
       const int64_t n = i / blocks, row = i % blocks * rows, p = n * q.channels;
       const int64_t at = n * sample + row * q.channels;
       loops.row_gradient(q.grad_output + at, q.x + at, q.grad_input + at,
-                           {mean + p, scale + p, slope + p, shift + p},
-                           std::min(rows, q.positions - row), q.channels);
+                         {mean + p, scale + p, slope + p, shift + p},
+                         std::min(rows, q.positions - row), q.channels);
     }
   });
 }

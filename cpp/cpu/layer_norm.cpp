@@ -12,7 +12,7 @@ namespace torchbp {
 template <class T>
 struct LayerNorm {
   const T *grad_output, *x;
-  const acc_t<T> *mean, *rstd, *weight;  // no mean: null
+  const acc_t<T>*mean, *rstd, *weight;  // no mean: null
   T* grad_input;
   int64_t rows, columns;
 };

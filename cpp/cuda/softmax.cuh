@@ -32,8 +32,8 @@ __global__ void softmax_kernel(const T* g, const T* y, T* grad, int64_t rows, in
       sum += logarithm ? up(g[j]) : up(g[j]) * up(y[j]);
     sum = sum_over_block(sum);
     for (int64_t j = first + threadIdx.x; j < first + width; j += softmax_lanes)
-      grad[j] = down<T>(logarithm ? up(g[j]) - exponential(up(y[j])) * sum
-                                  : up(y[j]) * (up(g[j]) - sum));
+      grad[j] =
+          down<T>(logarithm ? up(g[j]) - exponential(up(y[j])) * sum : up(y[j]) * (up(g[j]) - sum));
   }
 }
 

@@ -103,10 +103,9 @@ void simt_softmax(int dtype, bool logarithm, const void* g, const void* y, void*
                   int64_t width) {
   with_scalar(dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    simt::launch({3, 1}, {softmax_lanes, 1},
-                 logarithm ? softmax_kernel<true, T> : softmax_kernel<false, T>,
-                 static_cast<const T*>(g), static_cast<const T*>(y), static_cast<T*>(grad), rows,
-                 width);
+    simt::launch(
+        {3, 1}, {softmax_lanes, 1}, logarithm ? softmax_kernel<true, T> : softmax_kernel<false, T>,
+        static_cast<const T*>(g), static_cast<const T*>(y), static_cast<T*>(grad), rows, width);
   });
 }
 

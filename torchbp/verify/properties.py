@@ -222,4 +222,6 @@ def near(got: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
 def short(error: BaseException) -> str:
     """Type and message of an exception in one paragraph of bounded length."""
     text = " ".join(str(error).split())
+    # Where dynamo stopped says nothing of the op, and names files of this machine.
+    text = text.partition("Developer debug context")[0].partition(" from user code:")[0].strip()
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

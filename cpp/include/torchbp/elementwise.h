@@ -1,13 +1,32 @@
-// g f'(x) for elementwise functions f, from what each op keeps: x, or y = f(x) where that is enough.
-// One definition for the CPU and the CUDA kernels. a and b are the settings of f.
+// g f'(x) for elementwise functions f, from what each op keeps: x, or y = f(x) where that is
+// enough. One definition for the CPU and the CUDA kernels. a and b are the settings of f.
 #pragma once
 #include "torchbp/bias_act.h"
 
 namespace torchbp {
 
 enum class Fn {
-  relu, leaky_relu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, log_sigmoid, mish, softsign,
-  tanhshrink, elu, celu, selu, threshold, hardtanh, hardsigmoid, hardswish, hardshrink, softshrink
+  relu,
+  leaky_relu,
+  gelu,
+  gelu_tanh,
+  silu,
+  tanh,
+  sigmoid,
+  softplus,
+  log_sigmoid,
+  mish,
+  softsign,
+  tanhshrink,
+  elu,
+  celu,
+  selu,
+  threshold,
+  hardtanh,
+  hardsigmoid,
+  hardswish,
+  hardshrink,
+  softshrink
 };
 inline constexpr int fn_count = 21;
 
