@@ -84,7 +84,7 @@ def test_a_negative_base_has_a_secant_as_long_as_the_exponent_stays():
     torch.testing.assert_close(of_a * (a - a0), a**b - a0**b, **WIDE)
 
 
-def test_bounds_that_are_tensors_have_gradients_and_the_input_wins_ties():
+def test_bounds_that_are_tensors_have_gradients_and_ties_go_where_torch_has_them():
     x, low, high = normal(3, 4), normal(4) - 0.5, normal(3, 1) + 0.5
     check(B.clamp, torch.clamp, x, low, high)
     check(lambda a, b: B.clamp(a, max=b), lambda a, b: torch.clamp(a, max=b), x, high)
@@ -93,6 +93,8 @@ def test_bounds_that_are_tensors_have_gradients_and_the_input_wins_ties():
     zeros = torch.zeros(3, dtype=torch.float64)
     check(B.clamp_min, torch.clamp_min, zeros, zeros)
     check(B.clamp_max, torch.clamp_max, zeros, zeros)
+    for bounds in ((0.0, None), (None, 0.0), (0.0, 1.0), (-1.0, 0.0)):
+        check(lambda a, b=bounds: B.clamp(a, *b), lambda a, b=bounds: torch.clamp(a, *b), zeros)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool])

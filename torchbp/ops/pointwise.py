@@ -201,6 +201,11 @@ class Log1p(Elementwise):
         return v / (1 + kept)
 
 
+#: Whether an input that equals a bound gets the error: torch's clamp has changed its mind in 2.14,
+#: where a number as bound then leaves it nothing, and a tensor takes half.
+_EDGES_PASS = torch.__version__ < "2.14"
+
+
 class Clamp(Elementwise):
     """``y = min(max(x, low), high)``; ``∂x = g`` within the bounds, else 0."""
 
@@ -210,7 +215,11 @@ class Clamp(Elementwise):
 
     @staticmethod
     def tangent(v: Tensor, kept: Tensor, low: float | None, high: float | None) -> Tensor:
-        return v.masked_fill(_side(kept, low, high) != 0, 0)
+        outside = _side(kept, low, high) != 0
+        if not _EDGES_PASS:
+            for bound in (low, high):
+                outside = outside if bound is None else outside | (kept == bound)
+        return v.masked_fill(outside, 0)
 
     @staticmethod
     def branch(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -359,13 +368,14 @@ def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
         max: the upper bound, likewise; a tensor only if ``min`` is none or a tensor.
 
     Returns:
-        The broadcast shape. Where ``input`` equals a bound, the error is its own.
+        The broadcast shape. Where ``input`` equals a bound, the error goes where this torch's goes.
     """
     if not (isinstance(min, Tensor) or isinstance(max, Tensor)):
         return Clamp.call(input, min, max)
+    tie = 1.0 if _EDGES_PASS else 0.5
     if min is not None:
-        input = Maximum.call(input, min, 1.0)
-    return input if max is None else least(input, max, 1.0)
+        input = Maximum.call(input, min, tie)
+    return input if max is None else least(input, max, tie)
 
 
 @register(torch.clamp_min, replaces=[Tensor.clamp_min], inplace=[Tensor.clamp_min_],
