@@ -11,7 +11,7 @@ def test_every_functional_has_a_row_with_its_rules() -> None:
     rows = {row[0]: row[1:] for row in catalogue()}
     assert [*rows] == [*OPS]
     assert all(secant and rule for name, (_, ops, secant, rule) in rows.items() if ops)
-    assert rows["linear"] == ("Linear", "Linear", "yes", "weighted")
+    assert rows["conv1d"] == ("Conv1d", "Conv1d", "yes", "weighted")
     assert rows["relu"][3] == "passes" and rows["flatten"][3] == "routes"
     assert "loss" in str(rows["mse_loss"][3])
 
