@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from _paired import paired
+from _paired import header, paired
 from torch import Tensor
 
 from torchbp import kernels
@@ -140,8 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    state = kernels.status()
-    print(f"torch {state['torch']}, kernels {state['isa']}, {options.threads} threads\n")
+    print(header(options.threads, options.pairs) + "\n")
     print("| operation | size | kernel ms | eager ms | eager / kernel |\n|---|---|--:|--:|--:|")
     for dtype in (torch.float32, torch.bfloat16):
         for cases in (

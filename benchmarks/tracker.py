@@ -9,16 +9,14 @@ sides train the same model with plain SGD; they alternate, and the median over p
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _paired import paired
+from _paired import header, paired
 from torch import Tensor, nn
 
 from torchbp import BlameTracker, convert
-from torchbp.kernels import status
 
 Case = tuple[nn.Module, Tensor, Tensor]
 
@@ -115,11 +113,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=11)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kernels = status()["isa"]
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {options.threads} threads,"
-        f" kernels: {kernels}, method link, median of {options.pairs} alternating pairs\n"
-    )
+    print(f"{header(options.threads, options.pairs)}, method link\n")
     print("| model | size | layers of | every | without (ms) | with (ms) | ratio |")
     print("|---|---|---|---:|---:|---:|---:|")
     for name, (size, make) in CASES.items():

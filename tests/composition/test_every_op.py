@@ -7,25 +7,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import torchbp.ops  # noqa: F401  fills the registry
-from torchbp.ops.registry import OPS, Maker
-from torchbp.verify.cases import Case, Outcome, gradients
+from torchbp.ops.registry import OPS
+from torchbp.verify.cases import Outcome, gradients, of_entry
 from torchbp.verify.properties import close
-
-
-def cases(name: str) -> list[Case]:
-    entry, found = OPS[name], []
-    for sample in entry.samples(Maker()):
-        try:
-            found.append(Case.of(entry.functional, sample.args, sample.kwargs, entry.twin))
-        except ValueError:  # nothing to differentiate
-            continue
-    return found
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_checkpointed(name: str) -> None:
     """Checkpointing unpacks every saved tensor once, and runs the forward a second time."""
-    for case in cases(name):
+    for case in of_entry(OPS[name]):
         inputs = case.inputs
         plain = case.call(*inputs)
         expected = Outcome(plain, gradients(plain, inputs))
@@ -36,7 +26,7 @@ def test_checkpointed(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_saved_tensors_are_all_declared(name: str) -> None:
     """What backward reads went through save_for_backward: hooks that move it see everything."""
-    for case in cases(name):
+    for case in of_entry(OPS[name]):
         inputs = case.inputs
         plain = case.call(*inputs)
         expected = Outcome(plain, gradients(plain, inputs))

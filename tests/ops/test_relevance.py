@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torchbp.ops.base import Op
 from torchbp.ops.linear import Linear
 from torchbp.ops.registry import OPS, Maker
 from torchbp.ops.relevance import Rule
-from torchbp.verify.cases import Case, NotApplicable
+from torchbp.verify.cases import NotApplicable, of_entry
 from torchbp.verify.secants import record
 
 #: Ops whose relevance does not sum to what came, and what takes the difference.
@@ -29,13 +30,10 @@ TINY = Rule(epsilon=1e-12)
 
 def calls(name: str) -> list[Any]:
     """Every op call of every sample of a registered functional."""
-    entry, found = OPS[name], []
-    for sample in entry.samples(Maker()):
-        try:
-            case = Case.of(entry.functional, sample.args, sample.kwargs, entry.twin)
+    found: list[Any] = []
+    for case in of_entry(OPS[name]):
+        with suppress(NotApplicable):
             found += record(case)
-        except (NotApplicable, ValueError):
-            continue
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to
+from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to, vanishes
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, Shares, quotient
 
@@ -287,7 +287,7 @@ def _chord_in_exponent(a: Tensor, b: Tensor, b0: Tensor) -> Tensor:
 
 def _chord(gap: Tensor, change: Tensor, slope: Tensor, size: Tensor) -> Tensor:
     """``change / gap``; the slope midway where the gap is lost in digits."""
-    near = gap.abs() <= 0.2 * torch.finfo(change.dtype).eps ** (1 / 3) * size
+    near = vanishes(gap, size, change.dtype)
     return torch.where(near, slope, change / gap.masked_fill(near, 1))
 
 

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
+from torchbp import kernels
+from torchbp.kernels.reference_common import DTYPES
 from torchbp.ops.relevance import Rule
 
 Policy = Literal["low", "fp32"]
@@ -194,6 +196,19 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
+def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
+    """Whether a compiled backward takes these: the CPU has one, for first derivatives."""
+    return (
+        kernels.HAS_EXT
+        and not is_grad_enabled()
+        and x.device.type == "cpu"
+        and grad_output.dtype == x.dtype
+        and x.dtype in DTYPES
+        and not is_compiling()
+        and is_plain(grad_output, x)
+    )
+
+
 def cast(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The error of a tensor of that dtype: the real part where the tensor is real."""
     return (grad.real if grad.is_complex() and not dtype.is_complex else grad).to(dtype)
@@ -202,6 +217,19 @@ def cast(grad: Tensor, dtype: torch.dtype) -> Tensor:
 def midpoint(a: Any, a0: Any) -> Any:
     """``(a + a0) / 2``, or ``a`` itself when both runs share it (a parameter, say)."""
     return a if a is a0 else (a + a0) / 2
+
+
+def vanishes(gap: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Where ``Δf / gap`` would lose more digits than the slope at the midpoint is wrong by.
+
+    The error of that slope is of third order in the gap.
+
+    Args:
+        gap: difference of the two runs.
+        size: what the gap is to be compared with.
+        dtype: that f is computed in; the gap's by default.
+    """
+    return gap.abs() <= 0.2 * torch.finfo(dtype or gap.dtype).eps ** (1 / 3) * size
 
 
 def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp import kernels
-from torchbp.ops.base import Op, midpoint, wide
+from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
     as_sums,
-    can_use_kernel,
     per_channel,
     secant,
     shares,

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.overrides import has_torch_function
 
-from torchbp import kernels
 from torchbp.kernels.reference_conv import CONV, conv_grad_weight, crop
-from torchbp.ops.base import Op, add_tangents, is_plain, midpoint
+from torchbp.ops.base import Op, add_tangents, can_use_kernel, midpoint
 from torchbp.ops.relevance import weighted
 
 Size = int | Sequence[int]
@@ -226,13 +225,8 @@ _compiled: Any = torch.ops.torchbp.conv_grad_weight.default
 
 def _for_kernel(grad_output: Tensor, x: Tensor) -> bool:
     return (
-        kernels.HAS_EXT
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        can_use_kernel(grad_output, x)
         and (x.dtype == torch.float32 or x.dtype == torch.float64)
-        and grad_output.dtype == x.dtype
-        and not torch.compiler.is_compiling()
         and not _are_functorch_transforms_active()
-        and is_plain(grad_output, x)
         and not has_torch_function((grad_output, x))  # a mode
     )

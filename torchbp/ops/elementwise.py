@@ -13,7 +13,8 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from torchbp import kernels
-from torchbp.ops.base import Op, is_plain, wide
+from torchbp.kernels.reference_common import DTYPES
+from torchbp.ops.base import Op, is_plain, vanishes, wide
 from torchbp.ops.relevance import passes
 
 _FUSED_DEVICES = (
@@ -21,7 +22,6 @@ _FUSED_DEVICES = (
     if kernels.HAS_EXT
     else frozenset()
 )
-_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 class Elementwise(Op):
@@ -152,7 +152,7 @@ def _secant(op: type[Elementwise]) -> Callable[..., tuple[Tensor | None, ...]]:
     ) -> tuple[Tensor | None, ...]:
         (x, *settings), x0 = args, args0[0]
         gap = (x - x0).masked_fill(x == x0, 0)  # of equal infinities, too
-        small = gap.abs() < 0.2 * torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
+        small = vanishes(gap, 1 + x.abs())
         side = op.branch(x, *settings)
         if side is not None:
             small &= (side == op.branch(x0, *settings)) | (gap == 0)
@@ -168,7 +168,7 @@ def _secant(op: type[Elementwise]) -> Callable[..., tuple[Tensor | None, ...]]:
 def can_fuse(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these tensors, which are on one device."""
     dtype = tensors[0].dtype
-    if dtype not in _FUSED_DTYPES or tensors[0].device.type not in _FUSED_DEVICES or is_compiling():
+    if dtype not in DTYPES or tensors[0].device.type not in _FUSED_DEVICES or is_compiling():
         return False
     for tensor in tensors:  # this is called every time, and all() takes three times as long
         if tensor.dtype is not dtype:

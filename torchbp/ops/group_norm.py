@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
 from torchbp import kernels
-from torchbp.ops.base import Op, midpoint, wide
+from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
 from torchbp.ops.batch_norm import BatchNorm
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
     as_sums,
-    can_use_kernel,
     per_channel,
     secant,
     shares,

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp import kernels
-from torchbp.ops.base import Op, midpoint, wide
+from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     as_sums,
-    can_use_kernel,
     secant,
     shares,
     sum_over,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from torchbp.ops.base import Op, add_tangents, sum_to, wide
+from torchbp.ops.base import Op, add_tangents, sum_to, vanishes, wide
+from torchbp.ops.pointwise import EDGES_PASS
 
 FROM_THE_HEAD = "relevance starts from the loss head's secant"
 
@@ -220,23 +221,19 @@ def mean_slope(
         same: whether both are on one smooth piece of f; ``None`` if f is smooth throughout.
     """
     gap = x - x0
-    small = gap.abs() < 0.2 * torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
+    small = vanishes(gap, 1 + x.abs())
     if same is not None:
         small &= same | (gap == 0)
     quotient = (f(x) - f(x0)) / gap.masked_fill(small, 1)
     return torch.where(small, slope((x + x0) / 2), quotient)
 
 
-#: Whether ``max(0, h)`` counts as rising at zero: torch's clamp has changed its mind in 2.14.
-RISES_AT_ZERO = torch.__version__ < "2.14"
-
-
-def rises(h: Tensor, at_zero: bool = RISES_AT_ZERO) -> Tensor:
+def rises(h: Tensor, at_zero: bool = EDGES_PASS) -> Tensor:
     """Where ``max(0, h)`` has the slope one."""
     return h >= 0 if at_zero else h > 0
 
 
-def relu_slope(h: Tensor, h0: Tensor, at_zero: bool = RISES_AT_ZERO) -> Tensor:
+def relu_slope(h: Tensor, h0: Tensor, at_zero: bool = EDGES_PASS) -> Tensor:
     """Mean slope of ``max(0, h)`` between two runs."""
     on, on0 = rises(h, at_zero), rises(h0, at_zero)
     quotient = (h.clamp(min=0) - h0.clamp(min=0)) / (h - h0).masked_fill(on == on0, 1)

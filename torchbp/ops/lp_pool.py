@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchbp.ops.arithmetic import mul
 from torchbp.ops.avg_pool import AvgPool, AvgPool1d, AvgPool2d, AvgPool3d, each
-from torchbp.ops.base import Op, wide
+from torchbp.ops.base import Op, vanishes, wide
 from torchbp.ops.max_pool import MaxPool1d, MaxPool2d, MaxPool3dAlone, Selection, Size
 from torchbp.ops.pointwise import abs as absolute
 from torchbp.ops.registry import Maker, Sample, register, sample
@@ -123,7 +123,7 @@ def _slope(a: Tensor, a0: Tensor, p: float) -> Tensor:
         return total
     gap, middle = a - a0, (a + a0) / 2
     # Relative to the numbers, however small: their own scale is what the power bends on.
-    near = gap.abs() <= 0.2 * torch.finfo(a.dtype).eps ** (1 / 3) * (a.abs() + a0.abs())
+    near = vanishes(gap, a.abs() + a0.abs())
     quotient = (a**p - a0**p) / gap.masked_fill(near, 1)
     derivative = (p * middle ** (p - 1)).masked_fill(middle == 0, 0)
     return torch.where(near, derivative, quotient)

@@ -1,4 +1,4 @@
-"""What the normalisations share: ``x̂``, its derivatives, and the way to the kernels."""
+"""What the normalisations share: ``x̂`` and its derivatives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchbp import kernels
-from torchbp.kernels.reference_common import DTYPES
-from torchbp.ops.base import add_tangents, is_plain, midpoint
+from torchbp.ops.base import add_tangents, midpoint
 from torchbp.ops.relevance import quotient
 
 
@@ -120,19 +118,6 @@ def all_but_channel(x: Tensor) -> tuple[int, ...]:
 def per_channel(tensor: Tensor, x: Tensor) -> Tensor:
     """``(C,)`` so that it broadcasts with ``(N, C, *)``."""
     return tensor.reshape(1, x.shape[1], *(1,) * (x.dim() - 2))
-
-
-def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
-    """Whether a compiled backward takes these: the CPU has one, for first derivatives."""
-    return (
-        kernels.HAS_EXT
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and grad_output.dtype == x.dtype
-        and x.dtype in DTYPES
-        and not torch.compiler.is_compiling()
-        and is_plain(grad_output, x)
-    )
 
 
 def as_sums(tensor: Tensor, x: Tensor) -> Tensor:

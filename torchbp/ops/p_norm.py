@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from torchbp.ops.base import vanishes
+
 
 def slope(weight: Tensor, x: Tensor, norm: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
     """``weight ∂‖x‖_p / ∂x``; zero where the norm is zero, shared equally where the maximum is.
@@ -80,7 +82,7 @@ def _where_reached(x: Tensor, norm: Tensor, dim: tuple[int, ...]) -> Tensor:
 def _power_chord(x: Tensor, x0: Tensor, p: float) -> Tensor:
     """``(|x|^p - |x₀|^p) / (x - x₀)``; where the gap is lost in digits, the slope midway."""
     gap, middle = x - x0, (x + x0) / 2
-    near = gap.abs() <= 0.2 * torch.finfo(x.dtype).eps ** (1 / 3) * torch.maximum(x.abs(), x0.abs())
+    near = vanishes(gap, torch.maximum(x.abs(), x0.abs()))
     quotient = (x.abs().pow(p) - x0.abs().pow(p)) / gap.masked_fill(near, 1)
     at_zero = near & (middle == 0)
     inner = p * middle.sgn() * middle.abs().masked_fill(at_zero, 1).pow(p - 1)

@@ -203,7 +203,7 @@ class Log1p(Elementwise):
 
 #: Whether an input that equals a bound gets the error: torch's clamp has changed its mind in 2.14,
 #: where a number as bound then leaves it nothing, and a tensor takes half.
-_EDGES_PASS = torch.__version__ < "2.14"
+EDGES_PASS = torch.__version__ < "2.14"
 
 
 class Clamp(Elementwise):
@@ -216,7 +216,7 @@ class Clamp(Elementwise):
     @staticmethod
     def tangent(v: Tensor, kept: Tensor, low: float | None, high: float | None) -> Tensor:
         outside = _side(kept, low, high) != 0
-        if not _EDGES_PASS:
+        if not EDGES_PASS:
             for bound in (low, high):
                 outside = outside if bound is None else outside | (kept == bound)
         return v.masked_fill(outside, 0)
@@ -372,7 +372,7 @@ def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """
     if not (isinstance(min, Tensor) or isinstance(max, Tensor)):
         return Clamp.call(input, min, max)
-    tie = 1.0 if _EDGES_PASS else 0.5
+    tie = 1.0 if EDGES_PASS else 0.5
     if min is not None:
         input = Maximum.call(input, min, tie)
     return input if max is None else least(input, max, tie)

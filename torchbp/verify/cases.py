@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchbp.ops.base import Op
+from torchbp.ops.registry import Entry, Maker
 
 Function = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
@@ -150,6 +151,15 @@ class Case:
             self,
             leaves=tuple(x[:0] if i in self.batched else x for i, x in enumerate(self.leaves)),
         )
+
+
+def of_entry(entry: Entry) -> Iterator[Case]:
+    """A registered function on each of its samples that has something to differentiate."""
+    for sample in entry.samples(Maker()):
+        try:
+            yield Case.of(entry.functional, sample.args, sample.kwargs, entry.twin)
+        except ValueError:
+            continue
 
 
 class _Stateless:

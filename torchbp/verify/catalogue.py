@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from torchbp.ops.base import Op
-from torchbp.ops.registry import OPS, Entry, Maker
+from torchbp.ops.registry import OPS, Entry
 from torchbp.tables import Table
-from torchbp.verify.cases import Case, NotApplicable
+from torchbp.verify.cases import NotApplicable, of_entry
 from torchbp.verify.secants import record
 
 
 def ops_of(entry: Entry) -> list[type[Op]]:
     """The ops that a functional's samples call, in order of appearance."""
     found: dict[type[Op], None] = {}
-    for sample in entry.samples(Maker()):
-        try:
-            case = Case.of(entry.functional, sample.args, sample.kwargs, entry.twin)
+    for case in of_entry(entry):
+        with suppress(NotApplicable):  # the input is handed on as it is
             found.update(dict.fromkeys(call.op for call in record(case)))
-        except (NotApplicable, ValueError):  # nothing to differentiate, or handed on as it is
-            continue
     return list(found)
 
 
