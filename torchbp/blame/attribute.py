@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.capture import unknown
+from torchbp.blame.capture import Call, Of, player_shape, unknown
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.methods import METHODS
 from torchbp.blame.problem import Problem
@@ -24,7 +24,9 @@ def attribute(
     layers: Sequence[str | nn.Module] | str | None = None,
     baseline: Any = None,
     n_steps: int = 1,
+    of: Of = "units",
     class_names: Sequence[str] | None = None,
+    **options: Any,
 ) -> Blame:
     """Blame of every unit of a model for every sample's loss.
 
@@ -43,14 +45,18 @@ def attribute(
             and layers that no activation or norm follows, without the model's output.
         baseline: reference input of ``secant``, expandable to the input's shape; zeros if ``None``.
         n_steps: segments of ``secant`` between baseline and input.
+        of: what to blame in a layer: ``"units"`` (neurons; channels, summed over positions;
+            features, summed over tokens), ``"positions"`` (tokens or pixels, summed over units) or
+            ``"elements"`` (every number of its output).
         class_names: names of the classes, for tables.
+        **options: settings of the method; see :data:`torchbp.blame.methods.METHODS`.
 
     Returns:
-        A :class:`~torchbp.blame.result.Blame`: ``blame["layer"]`` is ``[N, U]``, where ``U`` are
-        neurons, channels (summed over positions) or features (summed over tokens).
+        A :class:`~torchbp.blame.result.Blame`: ``blame["layer"]`` is ``[N, U]`` for units,
+        ``[N, *positions]`` or ``[N, *shape]`` for positions and elements.
 
     Raises:
-        TypeError: if an argument is of the wrong type.
+        TypeError: if an argument is of the wrong type, or an option is not one of the method's.
         ValueError: for an unknown method or layer (close names are suggested), wrong targets or
             baseline, an empty batch, or a loss the method cannot treat.
         NotImplementedError: for ``secant``, naming a function that has no rule.
@@ -62,14 +68,24 @@ def attribute(
         raise ValueError(unknown("method", str(method), [*METHODS]))
     if not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
-    args, kwargs = _inputs(inputs)
-    problem = Problem(model, args, kwargs, targets, LossHead.of(loss_fn), layers, baseline, n_steps)
+    if of not in get_args(Of):
+        raise ValueError(f"of: expected one of {', '.join(get_args(Of))}, got {of!r}")
     chosen = METHODS[method]
+    unasked = [name for name in options if name not in chosen.options]
+    if unasked:
+        takes = ", ".join(chosen.options) or "none"
+        raise TypeError(f"attribute: method {method!r} has no option {unasked[0]!r} (has: {takes})")
+    args, kwargs = as_arguments(inputs)
+    head = LossHead.of(loss_fn)
+    problem = Problem(model, args, kwargs, targets, head, layers, baseline, n_steps, of, options)
     with problem.session():
         result = chosen.solve(problem)
     _refuse_nonfinite(result.run.calls, result.values)
     return Blame(
-        units={name: value.detach() for name, value in result.values.items()},
+        units={
+            name: value.detach().reshape(len(value), *_shape(result.run.calls[name], of))
+            for name, value in result.values.items()
+        },
         method=chosen.name,
         question=chosen.question,
         targets=targets.detach() if isinstance(targets, Tensor) else targets,
@@ -78,10 +94,22 @@ def attribute(
         reference_losses=result.reference_losses,
         expected=result.expected,
         class_names=class_names,
+        absorbed=result.absorbed,
+        of=of,
     )
 
 
-def _inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _shape(call: Call, of: Of) -> tuple[int, ...]:
+    return player_shape(call.output, call.unit_dim, of)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model's call, from what users give as inputs.
+
+    Raises:
+        TypeError: if no tensor is among them.
+        ValueError: for an empty batch.
+    """
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
     else:

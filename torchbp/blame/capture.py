@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -35,6 +35,7 @@ _NO_UNITS = (
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 INPUT = "input"
+Of = Literal["units", "positions", "elements"]
 
 NO_LAYER = (
     "model: none of its modules that ran has units (a layer with parameters, a norm or an "
@@ -138,6 +139,33 @@ def per_unit(values: Tensor, dim: int) -> Tensor:
         return values[:, None]
     rest = [d for d in range(1, values.dim()) if d != dim % values.dim()]
     return values.sum(rest) if rest else values
+
+
+def per_player(values: Tensor, dim: int, of: Of) -> Tensor:
+    """Sum ``[N, ...]`` over what the players of one layer share: ``[N, players]``.
+
+    Args:
+        values: one number per element of the layer's output.
+        dim: the dimension that runs over units.
+        of: who plays: ``units`` (summed over positions), ``positions`` (tokens, pixels; summed over
+            units) or ``elements`` (nothing is summed).
+    """
+    if of == "units" or values.dim() == 1:
+        return per_unit(values, dim)
+    if of == "positions":
+        values = values.sum(dim)
+    return values.reshape(len(values), -1)
+
+
+def player_shape(output: Tensor, dim: int, of: Of) -> tuple[int, ...]:
+    """Shape of the players of a layer that returns ``output``, without the samples."""
+    shape = [*output.shape[1:]] or [1]
+    dim = dim % max(output.dim(), 2) - 1
+    if of == "units":
+        return (shape[dim],)
+    if of == "positions":
+        shape.pop(dim)
+    return tuple(shape) or (1,)
 
 
 @dataclass

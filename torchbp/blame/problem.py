@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,17 +17,37 @@ from torchbp.blame.capture import (
     NO_LAYER,
     Call,
     Capture,
+    Of,
     call_names,
     cuda_devices,
     hidden,
     leaf_copy,
     leaves,
     named_layers,
+    per_player,
     training_modules,
     unit_calls,
     writes_in_place,
 )
 from torchbp.blame.definitions import LossHead
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one forward pass is fed.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        state: parameters and buffers by name, used in place of the model's own; those that require
+            grad get error signals.
+        shift: added to the model's output before the loss; for references other than an input.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Tensor] | None = None
+    shift: Tensor | None = None
 
 
 @dataclass
@@ -64,6 +84,8 @@ class Problem:
     layers: Sequence[str | nn.Module] | str | None = None
     baseline: Any = None
     n_steps: int = 1
+    of: Of = "units"
+    options: Mapping[str, Any] = field(default_factory=dict)
     wanted: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +94,25 @@ class Problem:
         else:
             self.wanted = named_layers(self.model, self.layers)
         self.protect = writes_in_place(self.model)
+
+    @property
+    def point(self) -> Point:
+        """The inputs as given."""
+        return Point(self.args, self.kwargs)
+
+    def option(self, name: str, default: Any) -> Any:
+        """An option of the method, as the user gave it."""
+        return self.options.get(name, default)
+
+    def reduce(self, values: Tensor, call: Call) -> Tensor:
+        """``[N, players]``: values of a layer's elements, summed as ``of`` says."""
+        return per_player(values, call.unit_dim, self.of)
+
+    def contribution(self, call: Call, error: Tensor, reference: Tensor | None = None) -> Tensor:
+        """``[N, players]``: activation, less its reference, times error signal."""
+        activation = call.output.detach()
+        gap = activation if reference is None else activation - reference
+        return self.reduce(gap * error, call)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -100,45 +141,52 @@ class Problem:
         parameters = {n: p.detach() for n, p in self.model.named_parameters()}
         return {**parameters, **{n: b.clone() for n, b in self.model.named_buffers()}}
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         """The model's output; every call sees the same random numbers."""
-        for device, state in self._rng.items():
+        for device, random in self._rng.items():
             if device is None:
-                torch.set_rng_state(state)
+                torch.set_rng_state(random)
             else:
-                torch.cuda.set_rng_state(state, device)
-        return functional_call(self.model, self.fresh_state(), args, kwargs)
+                torch.cuda.set_rng_state(random, device)
+        own = self.fresh_state()
+        return functional_call(self.model, {**own, **(state or {})}, args, kwargs)
 
-    def run(self, args: tuple[Any, ...] | None = None, *, mode: Any = None) -> Run:
+    def run(self, point: Point | None = None, *, mode: Any = None) -> Run:
         """Forward pass and losses, with every wanted layer's output on record.
 
         Args:
-            args: positional inputs instead of the problem's own.
+            point: what to feed instead of the problem's own inputs.
             mode: a secant tape to run under.
         """
         try:
-            return self._run(args, mode)
+            return self._run(point or self.point, mode)
         except _WrittenInPlace:
             self.protect = True  # something wrote into a layer's output: hand copies on
-            return self._run(args, mode)
+            return self._run(point or self.point, mode)
 
-    def _run(self, args: tuple[Any, ...] | None, mode: Any) -> Run:
-        positional = self.args if args is None else args
-        inputs = [leaf_copy(v) for v in (*positional, *self.kwargs.values())]
+    def _run(self, point: Point, mode: Any) -> Run:
+        inputs = [leaf_copy(v) for v in (*point.args, *point.kwargs.values())]
         floating = [i for i, v in enumerate(inputs) if _is_floating(v)]
         watched = {} if mode is None else dict(self.model.named_modules())
         watched.pop("", None)
         capture = Capture(self.wanted, True, self.protect, watched)
         with capture, _tape(mode, capture):
             fed = [v.clone() if self.protect and _is_floating(v) else v for v in inputs]
-            if floating:
-                capture.record_input(self.model, inputs[floating[0]], fed[floating[0]])
-            n = len(positional)
-            output = self.call(tuple(fed[:n]), dict(zip(self.kwargs, fed[n:], strict=True)))
+            for i in floating:
+                capture.record_input(self.model, inputs[i], fed[i])
+            n = len(point.args)
+            keywords = dict(zip(point.kwargs, fed[n:], strict=True))
+            output = self.call(tuple(fed[:n]), keywords, point.state)
             if not self.protect and any(c.changed for c in capture.calls):
                 raise _WrittenInPlace
             final = capture.producer(output)
-            losses = self.head.per_sample(output, self.targets)
+            judged = output if point.shift is None else output + point.shift
+            losses = self.head.per_sample(judged, self.targets)
         calls = self._select(capture.calls, final, len(losses))
         began = [c.output for c in capture.calls if c.output.is_leaf and c.name != INPUT]
         return Run(calls, output, losses, [*(inputs[i] for i in floating), *began])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchbp.blame.capture import INPUT, Call, first_tensor, replace_first
+from torchbp.blame.capture import INPUT, Call, Of, first_tensor, replace_first
 from torchbp.blame.methods.base import Method, Result
 from torchbp.blame.problem import Problem
 
@@ -32,12 +32,21 @@ def ablation(problem: Problem) -> Result:
     return Result(values, run)
 
 
+def player_masks_shape(activation: Tensor, call: Call, of: Of) -> torch.Size:
+    """Shape, without samples, of a mask with one entry per player that fits the activation."""
+    dim = call.unit_dim % activation.dim()
+    kept = {"units": [dim], "elements": [*range(1, activation.dim())]}.get(
+        of, [d for d in range(1, activation.dim()) if d != dim]
+    )
+    return torch.Size(activation.shape[d] if d in kept else 1 for d in range(1, activation.dim()))
+
+
 def _ablate(problem: Problem, name: str, call: Call, losses: Tensor) -> Tensor:
     activation = call.output.detach()
     if activation.dim() == 1:
         activation = activation[:, None]
-    dim = call.unit_dim % activation.dim()
-    units, n = activation.shape[dim], len(losses)
+    shape = player_masks_shape(activation, call, problem.of)
+    units, n = shape.numel(), len(losses)
     rest = _suffix(problem, call) or _whole(problem, name, call)
     step = max(1, _ROWS // max(n, 1))
     parts = []
@@ -45,8 +54,7 @@ def _ablate(problem: Problem, name: str, call: Call, losses: Tensor) -> Tensor:
         count = min(step, units - start)
         keep = torch.ones(count, units, dtype=activation.dtype, device=activation.device)
         keep[torch.arange(count), torch.arange(start, start + count)] = 0
-        shape = [count, 1] + [units if d == dim else 1 for d in range(1, activation.dim())]
-        silenced = activation * keep.view(shape)
+        silenced = activation * keep.view(count, 1, *shape)
         output = rest(silenced.reshape(count * n, *call.output.shape[1:]), count)
         targets = problem.targets.repeat(count, *[1] * (problem.targets.dim() - 1))
         parts.append(losses - problem.head.per_sample(output, targets).view(count, n))

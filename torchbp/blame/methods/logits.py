@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchbp.blame.methods.base import Method, Result, contribution, error_signals
+from torchbp.blame.methods.base import Method, Result, error_signals
 from torchbp.blame.problem import Problem
 
 #: Rows of outputs evaluated at once; bounds memory to a few of them times the classes.
@@ -32,7 +32,7 @@ def logits(problem: Problem) -> Result:
     for c in range(columns.shape[1]):
         errors = error_signals(columns[:, c].sum(), calls, retain_graph=True)
         for share, call, error in zip(shares, calls, errors, strict=True):
-            share.append(contribution(call, error))
+            share.append(problem.contribution(call, error))
     losses = run.losses.detach()
     values = {
         name: losses[:, None] - _loss_without(problem, output.detach(), torch.stack(share, -1))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from torchbp.blame.capture import per_unit
 from torchbp.blame.methods.base import Method, Result, error_signals
 from torchbp.blame.problem import Problem, Run
+from torchbp.blame.reference import between, input_reference
 from torchbp.blame.tape import SecantTape
 
 
@@ -25,67 +22,25 @@ def secant(problem: Problem) -> Result:
         ValueError: for a baseline of another shape, or integer inputs that cannot be interpolated.
         NotImplementedError: naming a function on the path that has no secant rule.
     """
-    baseline = _baseline(problem)
+    start, end = input_reference(problem), problem.point
     tape = SecantTape()
-    before = first = problem.run(_point(problem, baseline, 0), mode=tape)
+    before = first = problem.run(start, mode=tape)
     values: dict[str, Tensor] = {}
     for k in range(1, problem.n_steps + 1):
-        run = problem.run(_point(problem, baseline, k), mode=tape)
+        run = problem.run(between(start, end, k / problem.n_steps), mode=tape)
         calls = [*run.calls.values()]
         multipliers = error_signals(run.losses.sum(), calls, retain_graph=k == problem.n_steps)
         for (name, call), m in zip(run.calls.items(), multipliers, strict=True):
             gap = call.output.detach() - before.calls[name].output.detach()
-            share = per_unit(m * gap, call.unit_dim)
+            share = problem.reduce(m * gap, call)
             values[name] = values[name] + share if name in values else share
         before = run
     change = (before.losses - first.losses).detach()
-    expected = {name: change for name in values if _is_cut(before, name)}
+    expected = {name: change for name in values if is_cut(before, name)}
     return Result(values, before, expected, first.losses.detach())
 
 
-def _baseline(problem: Problem) -> tuple[Any, ...]:
-    given = problem.baseline
-    if problem.kwargs:
-        raise ValueError("method 'secant' takes positional inputs only (a tensor or a tuple)")
-    inputs = problem.args
-    given = given if isinstance(given, tuple) else (given,) * len(inputs)
-    if len(given) != len(inputs):
-        raise ValueError(f"baseline: expected {len(inputs)} tensors, got {len(given)}")
-    return tuple(_one_baseline(x, x0, problem.n_steps) for x, x0 in zip(inputs, given, strict=True))
-
-
-def _one_baseline(x: Any, x0: Any, n_steps: int) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    if x0 is None:
-        return torch.zeros_like(x) if x.is_floating_point() else x
-    x0 = torch.as_tensor(x0, dtype=x.dtype, device=x.device)
-    try:
-        x0 = x0.expand_as(x)
-    except RuntimeError:
-        raise ValueError(
-            f"baseline: expected a shape that expands to the input's {tuple(x.shape)}, "
-            f"got {tuple(x0.shape)}"
-        ) from None
-    if not x.is_floating_point() and n_steps > 1:
-        raise ValueError(
-            "baseline: integer inputs have no points between baseline and input; use n_steps=1"
-        )
-    return x0
-
-
-def _point(problem: Problem, baseline: tuple[Any, ...], k: int) -> tuple[Any, ...]:
-    """The inputs ``k / n_steps`` of the way from the baseline; the ends are exact."""
-    if k in (0, problem.n_steps):
-        return problem.args if k else baseline
-    w = k / problem.n_steps
-    return tuple(
-        x0 + (x - x0) * w if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x, x0 in zip(problem.args, baseline, strict=True)
-    )
-
-
-def _is_cut(run: Run, name: str) -> bool:
+def is_cut(run: Run, name: str) -> bool:
     """Whether every path from an input to the loss leads through the layer's output."""
     output = run.calls[name].output
     ends = {id(leaf) for leaf in run.sources if leaf is not output}

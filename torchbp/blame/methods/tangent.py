@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchbp.blame.capture import per_unit
 from torchbp.blame.definitions import link_blame, one_term_reason
-from torchbp.blame.methods.base import Method, Result, contribution, error_signals
+from torchbp.blame.methods.base import Method, Result, error_signals
 from torchbp.blame.problem import Problem, Run
 
 
@@ -19,7 +18,7 @@ def gradient(problem: Problem) -> Result:
     """``Σ δ``: the error signal itself, summed over positions."""
     run, errors = _pass(problem)
     pairs = zip(run.calls.items(), errors, strict=True)
-    return Result({name: per_unit(e, c.unit_dim) for (name, c), e in pairs}, run)
+    return Result({name: problem.reduce(e, c) for (name, c), e in pairs}, run)
 
 
 def taylor(problem: Problem) -> Result:
@@ -29,7 +28,7 @@ def taylor(problem: Problem) -> Result:
     """
     run, errors = _pass(problem)
     pairs = zip(run.calls.items(), errors, strict=True)
-    return Result({name: contribution(c, e) for (name, c), e in pairs}, run)
+    return Result({name: problem.contribution(c, e) for (name, c), e in pairs}, run)
 
 
 def link(problem: Problem) -> Result:
