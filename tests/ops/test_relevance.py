@@ -13,7 +13,7 @@ import torchbp.ops  # noqa: F401  fills the registry
 from torchbp.ops.base import Op
 from torchbp.ops.linear import Linear
 from torchbp.ops.registry import OPS, Maker
-from torchbp.ops.relevance import Rule
+from torchbp.ops.relevance import Rule, quotient
 from torchbp.verify.cases import NotApplicable, of_entry
 from torchbp.verify.secants import record
 
@@ -111,6 +111,39 @@ def test_the_bias_takes_its_share() -> None:
     got = Linear.relevance(relevance, Rule(epsilon=0), (x, w, b), z)[0]
     taken = (relevance * b / z).sum()
     torch.testing.assert_close(got.sum() + taken, relevance.sum())
+
+
+def test_epsilon_keeps_the_digits_of_float64() -> None:
+    got = quotient(torch.ones(2, dtype=torch.float64), torch.tensor([1.0, -1.0]).double(), 0.1)
+    assert got.tolist() == [1 / (1 + 0.1), 1 / (-1 - 0.1)]
+
+
+@pytest.mark.parametrize("name", ["flat", "zb"])
+def test_rules_that_look_at_no_activation_leave_the_bias_out(name: str) -> None:
+    x, w, b, relevance = linear_layer()
+    rule = Rule(name, epsilon=0, low=-4.0, high=4.0)  # type: ignore[arg-type]
+    with_bias = Linear.relevance(relevance, rule, (x, w, b), x @ w.T + b)[0]
+    torch.testing.assert_close(with_bias.sum(), relevance.sum())
+    without = Linear.relevance(relevance, rule, (x, w, None), x @ w.T)[0]
+    torch.testing.assert_close(with_bias, without)
+
+
+def test_box_limits_may_differ_between_features() -> None:
+    x, w, _, relevance = linear_layer()
+    low, high = torch.tensor([-3.0, -4, -5, -6]).double(), torch.tensor([3.0, 5, 4, 6]).double()
+    rule = Rule("zb", epsilon=0, low=low, high=high)
+    got = Linear.relevance(relevance, rule, (x, w, None), x @ w.T)[0]
+    z = x[:, None, :] * w - low * w.clamp(min=0) - high * w.clamp(max=0)
+    torch.testing.assert_close(got, shares_by_hand(z, relevance), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm"])
+def test_norms_can_be_passed_by(name: str) -> None:
+    for call in calls(name):
+        x = call.args[0]
+        arriving = torch.rand_like(x)
+        shares = call.op.relevance(arriving, Rule("pass"), call.args, call.output)
+        assert torch.equal(shares[0], arriving)
 
 
 @pytest.mark.parametrize(

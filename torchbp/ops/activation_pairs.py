@@ -16,6 +16,7 @@ from torchbp.ops.base import Op, add_tangents, midpoint
 from torchbp.ops.elementwise import can_fuse, in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, passes
+from torchbp.ops.sample_factors import Factors, of_channels
 
 
 class PReLU(Op):
@@ -58,6 +59,12 @@ class PReLU(Op):
             None if tx is None else torch.where(x > 0, tx, tx * w),
             None if tw is None else x.clamp(max=0) * _per_channel(tw, x),
         )
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, weight = args
+        # With one weight for all it broadcasts along the channels too.
+        return None, of_channels(grad_output * x.clamp(max=0), weight)
 
     @staticmethod
     def secant(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to, vanishes
 from torchbp.ops.registry import Maker, Sample, register, sample
-from torchbp.ops.relevance import Rule, Shares, quotient
+from torchbp.ops.relevance import Rule, Shares, only_epsilon, quotient
+from torchbp.ops.sample_factors import Factors, Outer, Rows
 
 
 def _reduced(grad: Tensor, like: Tensor) -> Tensor:
@@ -66,6 +67,12 @@ class Mul(Op):
         (a, b), (a0, b0) = args, args0
         of_a = _reduced(multiplier * midpoint(b, b0), a)
         return of_a, _reduced(multiplier * midpoint(a, a0), b) if isinstance(b, Tensor) else None
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        a, b = args
+        of_b = Rows(grad_output * a, b.shape, b) if isinstance(b, Tensor) else None
+        return Rows(grad_output * b, a.shape, a), of_b
 
     @classmethod
     def relevance(
@@ -330,12 +337,21 @@ class MatMul(Op):
         (a, b), (a0, b0) = args, args0
         return _matmul_back(multiplier, midpoint(a, a0), midpoint(b, b0), True, True)
 
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        a, b = args
+        if a.dim() < 2 or b.dim() != 2:
+            return None, None
+        return None, Outer(a, grad_output)
+
     @classmethod
     def relevance(
         cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
     ) -> tuple[Tensor | None, ...]:
         a, b = args
         takes = halves(torch.ones(()), a, b)
+        if rule.name != "epsilon" and None in takes:
+            only_epsilon(cls.__name__, rule)
         per_factor = quotient(relevance, output, rule.epsilon)
         of_a, of_b = _matmul_back(per_factor, a, b, True, True)
         return tuple(

@@ -31,13 +31,19 @@ class Op(torch.autograd.Function):
     * ``jvp(ctx, *tangents)``: forward mode;
     * ``secant(multiplier, args, args0, output, output0)``: multipliers ``m`` with
       ``sum <m_arg, arg - arg0> = <multiplier, output - output0>`` exactly, one per argument
-      (``None`` for constants). Where forward returns several tensors, all but the first are
+      (``None`` for constants; an op may leave out costly ones of tensors that do not require
+      grad). Where forward returns several tensors, all but the first are
       marked non-differentiable, and ``multiplier`` is the first one's;
-    * ``relevance(relevance, rule, args, output)``: the LRP rule; see :mod:`torchbp.ops.relevance`.
+    * ``relevance(relevance, rule, args, output)``: the LRP rule; see :mod:`torchbp.ops.relevance`;
+    * ``sample_factors(grad_output, args, output)``: what every sample's gradient of a weight is
+      made of, if there is a closed form; ``output`` is ``None`` where it is lost. See
+      :mod:`torchbp.ops.sample_factors`.
 
     Attributes:
         autocast: per device type, the list of PyTorch's autocast this op is on: ``"low"`` (runs in
             the autocast dtype) or ``"fp32"``. Devices left out run in the dtype of their inputs.
+        samples_in: the argument laid out as the parts of ``sample_factors`` are; the output if
+            ``None``.
         no_secant: why there can be no secant, where there is none.
         no_relevance: why there is no LRP rule, where there is none.
     """
@@ -46,6 +52,8 @@ class Op(torch.autograd.Function):
     autocast: ClassVar[dict[str, Policy]] = {}
     no_secant: ClassVar[str | None] = None
     no_relevance: ClassVar[str | None] = None
+    samples_in: ClassVar[int | None] = None
+    sample_factors: ClassVar[Callable[..., tuple[Any, ...]] | None] = None
     call: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

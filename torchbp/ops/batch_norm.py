@@ -24,6 +24,7 @@ from torchbp.ops.norm import (
 )
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, Shares
+from torchbp.ops.sample_factors import Factors, of_channels
 
 
 class BatchNorm(Op):
@@ -120,24 +121,32 @@ class BatchNorm(Op):
     def secant(
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
-        (x, weight, bias, mean, var, training, _, eps), (x0, weight0, *_) = args, args0
+        (x, weight, bias, *_, training, _, eps), (x0, weight0, *_) = args, args0
         over = all_but_channel(x)
         through = multiplier
         if weight is not None:
             through = multiplier * per_channel(midpoint(weight, weight0), x)
+        of_statistics: tuple[Tensor | None, ...] = (None, None)
         if training:
             now, ref = Moments(x, over, eps), Moments(x0, over, eps)
             xhat = midpoint(now.normalised, ref.normalised)
             of_x = secant(through, now, ref)
         else:
-            xhat, rstd = _running(midpoint(x, x0), mean, var, eps)
-            of_x = through * rstd
+            xhat, of_x, of_statistics = _running_secant(through, args, args0)
         return (
             of_x,
             None if weight is None else sum_over(multiplier * xhat, over, weight),
             None if bias is None else sum_over(multiplier, over, bias),
-            *(None,) * 5,
+            *of_statistics,
+            *(None,) * 3,
         )
+
+    @classmethod
+    def sample_factors(cls, grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, weight, bias, *rest = args
+        xhat = cls.forward(x, None, None, *rest)[0]
+        of_weight = of_channels(grad_output * xhat, weight)
+        return None, of_weight, of_channels(grad_output, bias), *(None,) * 5
 
     @classmethod
     def relevance(cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any) -> Shares:
@@ -145,7 +154,7 @@ class BatchNorm(Op):
         over = all_but_channel(x) if training else ()
         rstd = Moments(x, over, eps).rstd if training else _running(x, mean, var, eps)[1]
         scale = rstd if weight is None else rstd * per_channel(weight, x)
-        return shares(relevance, x, output[0], scale, over, rule.epsilon), *(None,) * 7
+        return shares(relevance, x, output[0], scale, over, rule), *(None,) * 7
 
 
 def _normalised(
@@ -165,6 +174,23 @@ def _normalised(
 def _running(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rstd = torch.rsqrt(per_channel(wide(var), x) + eps)
     return (wide(x) - per_channel(wide(mean), x)) * rstd, rstd
+
+
+def _running_secant(
+    m: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Midpoint of ``x̂``, multipliers of ``x``, and those of the statistics if they differ."""
+    (x, _, _, mean, var, *_, eps), (x0, _, _, mean0, var0, *_) = args, args0
+    if torch.equal(mean, mean0) and torch.equal(var, var0):
+        xhat, rstd = _running(midpoint(x, x0), mean, var, eps)
+        return xhat, m * rstd, (None, None)
+    (xhat, r), (xhat0, r0) = _running(x, mean, var, eps), _running(x0, mean0, var0, eps)
+    over = all_but_channel(x)
+    of_x = m * midpoint(r, r0)
+    of_rstd = (m * midpoint(xhat / r, xhat0 / r0)).sum(over, keepdim=True)
+    of_var = -of_rstd * (r * r0) ** 2 / (r + r0)  # as in Moments
+    statistics = -sum_over(of_x, over, mean), of_var.reshape(var.shape)
+    return midpoint(xhat, xhat0), of_x, statistics
 
 
 def _batch_samples(make: Maker) -> Iterator[Sample]:
@@ -231,6 +257,7 @@ def batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
     if training and running_mean is not None and running_var is not None:
-        running_mean.copy_(updated[0])
-        running_var.copy_(updated[1])
+        # No part of the graph, even where somebody differentiates by the statistics.
+        running_mean.detach().copy_(updated[0])
+        running_var.detach().copy_(updated[1])
     return output

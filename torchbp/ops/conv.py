@@ -18,6 +18,8 @@ from torchbp.ops.conv_gradients import (
     sizes,
 )
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.sample_factors import Factors, of_channels
+from torchbp.ops.window_factors import Windows
 
 
 class Convolution(Convolving):
@@ -39,6 +41,13 @@ class Convolution(Convolving):
             grad_input(g, weight, x.shape[-len(kernel) :], *rest) if needs[0] else None,
             grad_weight(g, x, kernel, *rest) if needs[1] else None,
         )
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, weight, bias, stride, padding, dilation, groups = args
+        first = leading(padding, weight.shape[2:], dilation)
+        of_weight = Windows(grad_output, x, weight, (stride, first, dilation, groups))
+        return None, of_weight, of_channels(grad_output, bias), *(None,) * 4
 
 
 class Conv1d(Convolution):

@@ -99,10 +99,11 @@ def _secant(transposed: Callable[..., Gradients]) -> Callable[..., tuple[Tensor 
         multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
     ) -> tuple[Tensor | None, ...]:
         (x, weight, bias, *settings), (x0, weight0, *_) = args, args0
-        factors = midpoint(x, x0), midpoint(weight, weight0)
+        needs_weight, needs_bias = (t is not None and t.requires_grad for t in (weight, bias))
+        factors = midpoint(x, x0) if needs_weight else x, midpoint(weight, weight0)
         return (
-            *transposed(multiplier, *factors, settings, (True, True)),
-            None if bias is None else _sum_positions(multiplier, weight.dim() - 2),
+            *transposed(multiplier, *factors, settings, (True, needs_weight)),
+            _sum_positions(multiplier, weight.dim() - 2) if needs_bias else None,
             *(None,) * len(settings),
         )
 
@@ -207,17 +208,43 @@ def _of_windows(
 ) -> Tensor:
     """The weight's gradient as one product of the errors with all windows, laid out in rows."""
     dims, count = len(kernel), grad_output.shape[2:]
+    x = windows(x, kernel, count, stride, padding, dilation)
+    samples, outputs = grad_output.shape[:2]
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    rows = x.permute(order).reshape(samples * math.prod(count), x.shape[1] * math.prod(kernel))
+    errors = grad_output.transpose(0, 1).reshape(outputs, samples * math.prod(count))
+    return (errors @ rows).reshape(outputs, x.shape[1], *kernel)
+
+
+def windows(
+    x: Tensor,
+    kernel: Sequence[int],
+    count: Sequence[int],
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+) -> Tensor:
+    """Every window of ``x``, as a view of it (padded, if need be).
+
+    Args:
+        x: ``(N, C, *size)``.
+        kernel: size of a window.
+        count: how many windows there are in each dimension.
+        stride: from one window to the next.
+        padding: zeros before the first element; behind the last one, as many as are needed.
+        dilation: from one element of a window to the next.
+
+    Returns:
+        ``(N, C, *count, *kernel)``.
+    """
+    dims = len(kernel)
     for i in range(dims):
         length = dilation[i] * (kernel[i] - 1) + 1
         missing = (count[i] - 1) * stride[i] + length - x.shape[2 + i] - padding[i]
         after = 2 * (dims - 1)  # F.pad counts from the last dimension; i is the first one left
         x = F.pad(x, [0] * after + [padding[i], max(missing, 0)])
         x = x.unfold(2 + i, length, stride[i])[..., :: dilation[i]].narrow(2 + i, 0, count[i])
-    samples, outputs = grad_output.shape[:2]
-    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-    rows = x.permute(order).reshape(samples * math.prod(count), x.shape[1] * math.prod(kernel))
-    errors = grad_output.transpose(0, 1).reshape(outputs, samples * math.prod(count))
-    return (errors @ rows).reshape(outputs, x.shape[1], *kernel)
+    return x
 
 
 _compiled: Any = torch.ops.torchbp.conv_grad_weight.default

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchbp.kernels.reference_conv import CONV, crop
 from torchbp.ops.conv_gradients import Convolving, Gradients, Size, grad_weight, sizes
 from torchbp.ops.registry import Maker, Sample, register, sample
+from torchbp.ops.sample_factors import Factors, of_channels
+from torchbp.ops.window_factors import Windows
 
 
 class TransposedConvolution(Convolving):
@@ -37,6 +39,12 @@ class TransposedConvolution(Convolving):
         if needs[1]:
             of_weight = grad_weight(x, g, kernel, stride, padding, dilation, groups)
         return of_x, of_weight
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, weight, bias, stride, padding, _, groups, dilation = args
+        of_weight = Windows(x, grad_output, weight, (stride, padding, dilation, groups))
+        return None, of_weight, of_channels(grad_output, bias), *(None,) * 5
 
 
 class ConvTranspose1d(TransposedConvolution):

@@ -72,7 +72,8 @@ class Elementwise(Op):
             "secant": _secant(cls),
         }
         for name, method in methods.items():
-            setattr(cls, name, staticmethod(method))
+            if name not in vars(cls):
+                setattr(cls, name, staticmethod(method))
         super().__init_subclass__(**kwargs)
         cls.call_ = staticmethod(_in_place_door(cls))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule
+from torchbp.ops.sample_factors import Factors, Lookup
 
 
 class Embedding(Op):
@@ -55,6 +56,17 @@ class Embedding(Op):
         both = (indices,) if indices is indices0 else (indices, indices0)
         shares = [rows_summed(multiplier, i, weight.shape[0]) for i in both]
         return None, midpoint(shares[0], shares[-1]), None, None, None
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        indices, weight, padding_idx, by_frequency, _ = args
+        if by_frequency:
+            counts = _frequencies(indices.flatten(), weight.shape[0], grad_output)
+            grad_output = grad_output / counts.view(*indices.shape, 1)
+        kept = torch.ones_like(indices, dtype=torch.bool)
+        if padding_idx is not None:
+            kept = indices != padding_idx % weight.shape[0]
+        return None, Lookup(grad_output, indices, weight, kept), None, None, None
 
     @classmethod
     def relevance(

@@ -27,6 +27,7 @@ from torchbp.ops.norm import (
 )
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, Shares
+from torchbp.ops.sample_factors import Factors, of_channels
 
 _WITHIN = (2,)
 
@@ -131,6 +132,13 @@ class GroupNorm(Op):
         )
 
     @classmethod
+    def sample_factors(cls, grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, groups, weight, bias, eps = args
+        xhat = cls.forward(x, groups, None, None, eps)[0]
+        of_weight = of_channels(grad_output * xhat, weight)
+        return None, None, of_weight, of_channels(grad_output, bias), None
+
+    @classmethod
     def relevance(cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any) -> Shares:
         x, groups, weight, _bias, eps = args
         grouped = _grouped(x, groups)
@@ -138,7 +146,7 @@ class GroupNorm(Op):
         if weight is not None:
             scale = scale * per_channel(weight, x)
         r, x_, y, scale = (_grouped(t, groups) for t in (relevance, x, output[0], scale))
-        of_x = shares(r, x_, y, scale, _WITHIN, rule.epsilon)
+        of_x = shares(r, x_, y, scale, _WITHIN, rule)
         return of_x.reshape(x.shape), *(None,) * 4
 
 

@@ -23,6 +23,7 @@ from torchbp.ops.norm import (
 )
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, Shares, passes
+from torchbp.ops.sample_factors import Factors, Rows
 
 
 def _over(x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
@@ -119,12 +120,20 @@ class LayerNorm(Op):
         )
 
     @classmethod
+    def sample_factors(cls, grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, shape, weight, bias, eps = args
+        xhat = cls.forward(x, shape, None, None, eps)[0]
+        of_weight = None if weight is None else Rows(grad_output * xhat, shape, weight)
+        of_bias = None if bias is None else Rows(grad_output, shape, bias)
+        return None, None, of_weight, of_bias, None
+
+    @classmethod
     def relevance(cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any) -> Shares:
         x, shape, weight, _bias, eps = args
         over = _over(x, shape)
         rstd = Moments(x, over, eps).rstd
         scale = rstd if weight is None else rstd * weight
-        return shares(relevance, x, output[0], scale, over, rule.epsilon), *(None,) * 4
+        return shares(relevance, x, output[0], scale, over, rule), *(None,) * 4
 
 
 def _normalised(
@@ -240,6 +249,13 @@ class RMSNorm(Op):
         if weight is not None:
             of_weight = sum_over(multiplier * xhat, _others(x, shape), weight)
         return secant(through, now, ref), None, of_weight, None
+
+    @classmethod
+    def sample_factors(cls, grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, shape, weight, eps = args
+        xhat = cls.forward(x, shape, None, eps)
+        of_weight = None if weight is None else Rows(grad_output * xhat, shape, weight)
+        return None, None, of_weight, None
 
 
 def _root_mean_square(x: Tensor, over: tuple[int, ...], eps: float) -> Tensor:

@@ -14,6 +14,7 @@ from torchbp.ops.arithmetic import MatMul
 from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient, weighted
+from torchbp.ops.sample_factors import Factors, Outer, Rows
 
 
 class Linear(Op):
@@ -70,9 +71,15 @@ class Linear(Op):
         rows = _rows(multiplier)
         return (
             rows.mm(midpoint(weight, weight0)).view(x.shape),
-            rows.t().mm(_rows(midpoint(x, x0))),
-            None if bias is None else rows.sum(0),
+            rows.t().mm(_rows(midpoint(x, x0))) if weight.requires_grad else None,
+            rows.sum(0) if bias is not None and bias.requires_grad else None,
         )
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        x, _, bias = args
+        of_bias = None if bias is None else Rows(grad_output, bias.shape, bias)
+        return None, Outer(grad_output, x), of_bias
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -155,6 +162,12 @@ class Add(Op):
     ) -> tuple[Tensor | None, ...]:
         a, b, alpha = args
         return sum_to(multiplier, a.shape), sum_to(_scaled(multiplier, alpha), b.shape), None
+
+    @staticmethod
+    def sample_factors(grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        a, b, alpha = args
+        scaled = _scaled(grad_output, alpha)
+        return Rows(grad_output, a.shape, a), Rows(scaled, b.shape, b), None
 
     @classmethod
     def relevance(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops.base import add_tangents, midpoint
-from torchbp.ops.relevance import quotient
+from torchbp.ops.relevance import Rule, quotient
 
 
 class Moments:
@@ -65,7 +65,7 @@ def secant(m: Tensor, now: Moments, ref: Moments) -> Tensor:
 
 
 def shares(
-    relevance: Tensor, x: Tensor, output: Tensor, scale: Tensor, dims: tuple[int, ...], eps: float
+    relevance: Tensor, x: Tensor, output: Tensor, scale: Tensor, dims: tuple[int, ...], rule: Rule
 ) -> Tensor:
     """LRP through ``(x - mean) scale + shift`` with the scale taken for a constant.
 
@@ -78,12 +78,14 @@ def shares(
         output: ``(x - mean) scale + shift``.
         scale: broadcasts with ``x``.
         dims: what the mean is taken over; empty if it is a constant, as part of the shift.
-        eps: stabilises the division by the output.
+        rule: its epsilon stabilises the division by the output; ``pass`` hands on what came.
 
     Returns:
-        The relevance of ``x``; conserved up to what the shift and ``eps`` take.
+        The relevance of ``x``; conserved up to what the shift and epsilon take.
     """
-    through = quotient(relevance, output, eps) * scale
+    if rule.name == "pass":
+        return relevance
+    through = quotient(relevance, output, rule.epsilon) * scale
     return x * (through - mean_over(through, dims) if dims else through)
 
 

@@ -20,6 +20,7 @@ from torchbp.ops.elementwise import Elementwise
 from torchbp.ops.linear import Linear
 from torchbp.ops.recurrent_steps import Parts, steps_of
 from torchbp.ops.relevance import Rule, quotient, weighted
+from torchbp.ops.sample_factors import Factor, Factors, Outer, Rows
 
 #: Weights of one direction: input-hidden, hidden-hidden, their biases, projection.
 N_WEIGHTS = 5
@@ -124,6 +125,7 @@ class RecurrentLayer(Op):
     ahead: ClassVar[Callable[..., Any]]
     shares: ClassVar[Callable[..., Any]]
     quick: ClassVar[Callable[..., Any] | None] = None
+    samples_in = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Close the derivatives over the class, then give it its ``call``."""
@@ -159,6 +161,22 @@ class RecurrentLayer(Op):
     def back_in_place(run: Run, errors: Tensor, cell_errors: Any) -> Back | None:
         """The gradient once more, for speed; ``None`` where it would gain nothing."""
         return None
+
+    @classmethod
+    def sample_factors(cls, grad_output: Tensor, args: tuple[Any, ...], output: Any) -> Factors:
+        """Errors of the gates times what came into them; packed rows keep no samples apart."""
+        x, sizes, *_ = args
+        if output is None or (sizes is not None and len(sizes) > 1):
+            return (None,) * len(args)
+        (errors, cells), (rows, _) = cls.rows(grad_output, args), cls.rows(_first(output), args)
+        found: list[Factor | None] = [None] * 5
+        for d, part in enumerate(wide(errors).split(args[3].shape[-1], 1)):
+            run = Run(args, rows, d)
+            inner = cls.inner(run)
+            of_cells = None if cells is None else wide(cells[d])
+            back = cls.back(run, run.weights, cls.slopes(inner, inner), part, of_cells)
+            found += _factors(back, run, x.shape[:-1])
+        return tuple(found)
 
     @classmethod
     def relevance(
@@ -315,6 +333,16 @@ def _of_weights(back: Back, run: Run, ref: Run, needs: Sequence[bool]) -> list[T
         (of_b_ih if of_state is of_input else of_state.sum(0)) if b_hh else None,
         back.of_projection if hr else None,
     ]
+
+
+def _factors(back: Back, run: Run, steps: Sequence[int]) -> list[Factor | None]:
+    gates = [t.reshape(*steps, -1) for t in (back.of_input_gates, back.of_state_gates)]
+    came = [t.reshape(*steps, -1) for t in (run.x, run.before)]
+    biases = [
+        None if b is None else Rows(g, b.shape, b)
+        for g, b in zip(gates, run.weights[2:4], strict=True)
+    ]
+    return [Outer(gates[0], came[0]), Outer(gates[1], came[1]), *biases, None]
 
 
 def _jvp(op: type[RecurrentLayer]) -> Callable[..., Any]:

@@ -15,29 +15,33 @@ et al. 2019 (gamma), Andéol et al. 2021 (gamma for inputs of both signs), Achti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-RuleName = Literal["epsilon", "gamma", "zplus", "alphabeta", "w2", "zb", "flat"]
+RuleName = Literal["epsilon", "gamma", "zplus", "alphabeta", "w2", "zb", "flat", "pass"]
 Shares = tuple[Tensor | None, ...]
 Part = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which LRP rule layers with weights follow; all other layers have one rule each.
+    """Which LRP rule linear layers, convolutions and recurrent layers follow.
+
+    All other ops have one rule each, of which ``epsilon`` is the only setting; norms know ``pass``
+    besides.
 
     Attributes:
-        name: ``epsilon`` (proportional to ``x w``), ``gamma`` (positive contributions favoured),
-            ``zplus`` (positive contributions only), ``alphabeta``, ``w2`` (proportional to ``w²``),
-            ``zb`` (inputs known to lie in ``[low, high]``) or ``flat`` (equal shares).
+        name: ``epsilon`` (proportional to ``x w``), ``gamma`` (contributions of the output's sign
+            favoured), ``zplus`` (positive contributions only), ``alphabeta``, ``w2`` (proportional
+            to ``w²``), ``zb`` (inputs known to lie in ``[low, high]``), ``flat`` (equal shares) or
+            ``pass`` (handed on as it is, where the output has the input's shape).
         epsilon: added to a denominator, away from zero.
         gamma: weight of the favoured contributions.
         alpha: share of the positive contributions; the negative ones get ``1 - alpha``.
-        low: least value an input can have, for ``zb``.
-        high: greatest value an input can have, for ``zb``.
+        low: least value an input can have, for ``zb``; a tensor broadcasts with the input.
+        high: greatest value an input can have, likewise.
 
     Raises:
         ValueError: if there is no rule of that name, or if a number is out of its range.
@@ -47,8 +51,8 @@ class Rule:
     epsilon: float = 1e-6
     gamma: float = 0.25
     alpha: float = 2.0
-    low: float = 0.0
-    high: float = 1.0
+    low: float | Tensor = 0.0
+    high: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         names = get_args(RuleName)
@@ -59,13 +63,14 @@ class Rule:
                 "epsilon and gamma must not be negative, and alpha not below 1; got "
                 f"epsilon={self.epsilon}, gamma={self.gamma}, alpha={self.alpha}"
             )
-        if self.low > self.high:
+        if bool(torch.as_tensor(self.low > self.high).any()):
             raise ValueError(f"low: must not exceed high, got {self.low} > {self.high}")
 
 
 def quotient(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
     """``relevance / (z + epsilon sign(z))``; zero where nothing came to ``z`` and epsilon is 0."""
-    stabilised = z + torch.where(z < 0, -epsilon, epsilon).to(z.dtype)
+    # The signs are exact in any dtype; epsilon itself would be rounded to float32 by where.
+    stabilised = z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z.dtype)
     return torch.where(stabilised == 0, 0, relevance / stabilised.masked_fill(stabilised == 0, 1))
 
 
@@ -91,14 +96,46 @@ def proportional(
 def weighted(op: Any, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any) -> Shares:
     """Layers ``(x, weight, bias, *settings)`` that are linear in x and in the weight."""
     x, weight, bias, *settings = args
+    others = (None,) * (len(args) - 1)
+    if rule.name == "pass":
+        return passed(relevance, x), *others
     total = torch.zeros_like(x)
     for share, condition, parts in _groups(rule, x, weight, bias):
-        z = [op.forward(*part, *settings) for part in parts]
+        # The ops' own backward, rather than their secant, spares the weight's part of it.
+        inputs = [part[0].detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            z = [op.call(v, *p[1:], *settings) for v, p in zip(inputs, parts, strict=True)]
         which = relevance if condition is None else relevance * condition(output)
-        s = quotient(which, sum(z[1:], z[0]), rule.epsilon) * share
-        for part, out in zip(parts, z, strict=True):
-            total = total + part[0] * _transposed(op, s, (*part, *settings), out)
-    return total, *(None,) * (len(args) - 1)
+        s = quotient(which, sum(z[1:], z[0]).detach(), rule.epsilon) * share
+        for v, back in zip(inputs, torch.autograd.grad(z, inputs, [s] * len(z)), strict=True):
+            total = total + v.detach() * back
+    return total, *others
+
+
+def passed(relevance: Tensor, x: Tensor) -> Tensor:
+    """The rule ``pass``: relevance of the output as relevance of the input.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    if relevance.shape != x.shape:
+        raise ValueError(
+            "rule 'pass' needs an output of the input's shape, got "
+            f"{tuple(relevance.shape)} for {tuple(x.shape)}"
+        )
+    return relevance
+
+
+def only_epsilon(name: str, rule: Rule) -> NoReturn:
+    """Refuse a rule for what multiplies by constants, but is no layer that knows the rule.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"rule {rule.name!r} holds for linear layers, convolutions and recurrent layers; {name} by "
+        "a constant has the rule 'epsilon' alone"
+    )
 
 
 def _transposed(op: Any, m: Tensor, args: tuple[Any, ...], output: Any) -> Tensor:
@@ -135,11 +172,10 @@ def _groups(rule: Rule, x: Tensor, w: Tensor, b: Tensor | None) -> list[tuple[fl
             square = None if b is None else b.square()
             return [(1.0, None, [(torch.ones_like(x), w.square(), square)])]
         case "flat":
-            one = None if b is None else torch.ones_like(b)
-            return [(1.0, None, [(torch.ones_like(x), torch.ones_like(w), one)])]
-        case _:
-            low, high = torch.full_like(x, -rule.low), torch.full_like(x, -rule.high)
-            return [(1.0, None, [(x, w, b), (low, plus(w), None), (high, minus(w), None)])]
+            return [(1.0, None, [(torch.ones_like(x), torch.ones_like(w), None)])]
+        case _:  # zb: the bias is no input's contribution and cancels (Montavon et al. 2017)
+            low, high = (torch.as_tensor(v).to(x).expand_as(x) for v in (rule.low, rule.high))
+            return [(1.0, None, [(x, w, None), (-low, plus(w), None), (-high, minus(w), None)])]
 
 
 def _negative(output: Tensor) -> Tensor:
