@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,12 @@ ATTRIBUTE = {
     "range": (dict(targets=torch.full((9,), 7)), ValueError, r"classes in \[0, 4\), got 7"),
     "inputs": (dict(inputs=[1.0]), TypeError, "inputs: expected a tensor"),
     "empty": (dict(inputs=torch.zeros(0, 6)), ValueError, "the batch is empty"),
+    "twice": (dict(layers=["1", "3", "1"]), ValueError, "layers: '1' is given twice"),
+    "none": (dict(layers=[]), ValueError, "layers: expected at least one name or module"),
+    "kind": (dict(layers=[3]), TypeError, "layers: expected names or modules, got int"),
+    "number": (dict(loss_fn=lambda z, y: 3.0), TypeError, "loss_fn: expected a tensor in return"),
+    "terms": (dict(loss_fn=lambda z, y: z.flatten()), ValueError,
+              r"one loss per sample of inputs \[\(9, 6\)\].*; got 36 losses"),
     "steps": (dict(n_steps=0), ValueError, "n_steps: expected an integer >= 1, got 0"),
     "loss": (dict(loss_fn=3), TypeError, "loss_fn: expected a callable"),
     "baseline": (dict(method="secant", baseline=torch.zeros(5)), ValueError,
@@ -84,10 +92,20 @@ def test_secant_names_a_function_without_rule():
         def forward(self, x):
             return torch.digamma(self.fc(x))
 
-    with pytest.raises(
-        NotImplementedError, match=r"no rule for torch.*digamma, called in .*forward"
-    ):
-        attribute(Odd(), torch.randn(4, 3), torch.zeros(4).long(), F.cross_entropy, "secant")
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd = Odd()
+
+        def forward(self, x):
+            return self.odd(x)
+
+    line = inspect.getsourcelines(Odd.forward)[1] + 1
+    for model, place in ((Odd(), "the model's own forward"), (Holder(), "module 'odd'")):
+        with pytest.raises(NotImplementedError) as caught:
+            attribute(model, torch.randn(4, 3), torch.zeros(4).long(), F.cross_entropy, "secant")
+        said = str(caught.value)
+        assert f"digamma, called in {place} (test_bad_input.py, line {line})" in said
 
 
 def test_link_refuses_token_losses():
@@ -108,6 +126,100 @@ def test_nan_is_named_by_layer():
         model[2].weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layer '3': its activation holds NaN"):
         attribute(model, x, y, F.cross_entropy, "taylor")
+
+
+def half(scale: list[float]) -> nn.Sequential:
+    """Float16 layers, each multiplying by about one of ``scale``."""
+    layers = [nn.Linear(4, 4, bias=False) for _ in scale]
+    for layer, s in zip(layers, scale, strict=True):
+        layer.weight.data = s * torch.eye(4)
+    return nn.Sequential(*layers).half()
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([1, 300, 300, 300, 1e-3], "layer '2': its activation holds NaN or infinity; float16 ends"),
+        ([1, 1, 300, 300], "loss: it holds NaN .* finite; float16 ends at 65504"),
+        ([1e-4, 1e-4, 1e-2, 300, 300, 100], "layer '2': its blame holds NaN .* float16 ends"),
+    ],
+    ids=["activation", "loss", "error signal"],
+)
+def test_float16_overflow_is_named_by_where_it_begins(scale, message):
+    model, x, y = half(scale), torch.ones(3, 4).half() + torch.arange(4).half(), torch.zeros(3)
+    layers = [str(i) for i in range(len(scale) - 1)]
+    with pytest.raises(FloatingPointError, match=message):
+        attribute(model, x, y.long(), F.cross_entropy, "taylor", layers=layers)
+
+
+@pytest.mark.parametrize("method", ["taylor", "curvature"])
+def test_sums_of_halves_do_not_overflow(method):
+    model = nn.Sequential(nn.Conv1d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(8000, 1)).half()
+    model[0].weight.data = torch.tensor([16.0, -14.0]).half().view(2, 1, 1)
+    model[2].weight.data.fill_(1 / 128)
+    # The units add 500 and -438 to the output, which is 200 off: first-order blame is 200 000.
+    x, y = torch.ones(3, 1, 4000).half(), torch.full((3, 1), -138.0).half()
+    blame = attribute(model, x, y, F.mse_loss, method, layers=["0"])
+    wide = attribute(model.float(), x.float(), y.float(), F.mse_loss, method, layers=["0"])
+    torch.testing.assert_close(blame["0"], wide["0"], rtol=1e-2, atol=0)
+
+
+def contrastive(z, y):
+    z = F.normalize(z, dim=1)
+    return F.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="none")
+
+
+@pytest.mark.parametrize("method", ["taylor", "ablation", "secant"])
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda z, y: contrastive(z, y).mean(), "neither a sum nor a mean over samples"),
+        (contrastive, "couples the samples of a batch"),
+        (lambda z, y: (z - z.mean(0)).square(), "couples the samples of a batch"),
+        (lambda z, y: F.cross_entropy(z, y, reduction="none").softmax(0), "couples the samples"),
+    ],
+    ids=["scalar", "one per sample", "centred", "weighted by the batch"],
+)
+def test_a_loss_that_couples_samples_is_named(loss_fn, message, method):
+    model, x, y = mlp()
+    with pytest.raises(ValueError, match=message):
+        attribute(model, x, y, loss_fn, method)
+
+
+def test_losses_that_cannot_be_cut_into_samples_are_taken_as_they_are():
+    model, x, y = mlp()
+    weight = torch.rand(9, dtype=torch.float64)
+
+    def weighted(z, y):
+        return weight * F.cross_entropy(z, y, reduction="none")
+
+    found = attribute(model, x, y, weighted, "taylor", layers=["1"])
+    plain = attribute(model, x, y, F.cross_entropy, "taylor", layers=["1"])
+    torch.testing.assert_close(found["1"], weight[:, None] * plain["1"])
+
+
+def test_batch_norm_in_training_mode_is_called_a_share():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    with pytest.warns(UserWarning, match=r"1 \(BatchNorm1d\).* its share in the blame of this"):
+        attribute(model, x, y, F.cross_entropy, "taylor")
+
+
+RIVALS = {
+    "type": (dict(rivals=1.0), TypeError, r"rivals: expected an integer or None, got 1\.0"),
+    "many": (dict(rivals=4), ValueError, "rivals: expected 1 to 3 for an output of 4 classes"),
+    "none": (dict(rivals=0), ValueError, "rivals: expected 1 to 3 .* got 0"),
+    "targets": (dict(rivals=1, targets=torch.rand(9, 4).double()), ValueError,
+                "rivals: expected targets that are class indices"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), RIVALS.values(), ids=RIVALS.keys())
+def test_rivals(change, error, message):
+    model, x, y = mlp()
+    given = {"targets": y, "loss_fn": F.cross_entropy} | change
+    with pytest.raises(error, match=message):
+        attribute(model, x, method="logits", **given)
 
 
 @pytest.mark.parametrize(

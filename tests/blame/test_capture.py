@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from torchbp import attribute
 from torchbp.blame.capture import Capture, call_names, leaves, named_layers, unit_calls
 
 
@@ -69,3 +71,22 @@ def test_unknown_layers_are_refused_with_a_hint():
     with pytest.raises(TypeError, match="int"):
         named_layers(model, [3])
     assert [*named_layers(model, [model["decoder"]])] == ["decoder"]
+
+
+class Placed(nn.Module):
+    """A table of positions, shared by all samples, comes before what is fed by tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        place = self.places(torch.arange(tokens.shape[1])[None])
+        return self.out(self.norm(self.words(tokens) + place).mean(1))
+
+
+def test_outputs_shared_by_all_samples_do_not_disturb_the_choice_of_layers():
+    tokens, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
+    blame = attribute(Placed(), tokens, y, F.cross_entropy, "taylor")
+    assert [*blame] == ["words", "norm"]

@@ -13,6 +13,7 @@ from torchbp.blame.definitions import (
     check_targets,
     log_odds_blame,
     one_term_reason,
+    refuse_coupled,
     squared_error_blame,
 )
 
@@ -61,6 +62,29 @@ def test_a_batch_coupled_loss_is_refused():
 
     with pytest.raises(ValueError, match="neither a sum nor a mean over samples"):
         LossHead.of(contrastive).per_sample(torch.randn(5, 3), torch.zeros(5))
+
+
+def test_a_coupled_loss_per_sample_is_found_out():
+    z, y = torch.randn(6, 4), torch.randint(4, (6,))
+    head = LossHead.of(lambda z, y: F.cross_entropy(z - z.mean(0), y, reduction="none"))
+    with pytest.raises(ValueError, match="couples the samples of a batch"):
+        refuse_coupled(head, z, y, head.per_sample(z, y))
+    plain = LossHead.of(lambda z, y: F.cross_entropy(z, y, reduction="none"))
+    refuse_coupled(plain, z, y, plain.per_sample(z, y))
+
+
+def test_containers_of_a_loss_are_cut_into_samples_together():
+    z, y = {"a": torch.randn(6, 4)}, [torch.randn(6, 4), "name"]
+    plain = LossHead.of(lambda z, y: (z["a"] - y[0]).square())
+    refuse_coupled(plain, z, y, plain.per_sample(z, y))
+    coupled = LossHead.of(lambda z, y: (z["a"] - y[0]).square().cumsum(0))
+    with pytest.raises(ValueError, match="couples the samples of a batch"):
+        refuse_coupled(coupled, z, y, coupled.per_sample(z, y))
+
+
+def test_a_loss_must_return_a_tensor():
+    with pytest.raises(TypeError, match="loss_fn: expected a tensor in return, got float"):
+        LossHead.of(lambda z, y: 1.0).per_sample(torch.randn(2, 3), torch.zeros(2))
 
 
 def test_loss_must_be_callable():

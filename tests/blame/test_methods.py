@@ -107,6 +107,25 @@ def test_logits_from_its_definition():
         torch.testing.assert_close(blame["2"][:, unit], expected)
 
 
+@pytest.mark.parametrize("rivals", [1, 2, 3])
+def test_rivals_follow_the_true_class_and_the_strongest_others(rivals):
+    model, x, y = mlp()
+    found = attribute(model, x, y, F.cross_entropy, "logits", layers=["1"], rivals=rivals)["1"]
+    a = model[:2](x).detach()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda h: model[2:](h[None])[0]))(a)
+    z = model(x).detach()
+    loss = F.cross_entropy(z, y, reduction="none")
+    for n in range(len(x)):
+        others = [c for c in z[n].argsort(descending=True).tolist() if c != int(y[n])]
+        kept = torch.zeros(4, dtype=torch.float64)
+        kept[[int(y[n]), *others[:rivals]]] = 1
+        without = z[n] - (jacobian[n] * a[n]).T * kept
+        expected = loss[n] - F.cross_entropy(without, y[n].expand(8), reduction="none")
+        torch.testing.assert_close(found[n], expected)
+    everything = attribute(model, x, y, F.cross_entropy, "logits", layers=["1"])["1"]
+    assert torch.allclose(found, everything) == (rivals == 3)
+
+
 def test_logits_serves_regression():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from deep_models import DEEP, PlainLast
 from models import MODELS, cnn, mlp, residual
+from secant_reference import shares
 from torch import nn
 
 from torchbp import attribute, convert
@@ -76,20 +78,40 @@ def test_each_element_follows_the_rules():
         torch.testing.assert_close(blame[layer], value, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("n_steps", [1, 4, 16])
+@pytest.mark.parametrize("make", DEEP.values(), ids=DEEP.keys())
+def test_conserved_in_deep_models_and_each_element_as_the_slow_reference_has_it(make, n_steps):
+    model, x, y = make()
+    x0 = torch.randn_like(x)
+    names = ["input", *(name for name, m in model.named_modules() if name)]
+    blame = attribute(model, x, y, CE, "secant", names, x0, n_steps, of="elements")
+    with torch.no_grad():
+        change = CE(model(x), y, reduction="none") - CE(model(x0), y, reduction="none")
+    change = change.flatten(1).sum(1) if change.dim() > 1 else change
+    assert len(blame.residual) >= 3
+    for layer in blame.residual:
+        error = (blame.per_sample(layer) - change).abs().max()
+        assert error <= 1e-10 * change.abs().max(), layer
+    plain = PlainLast(model, x.shape[1]) if make is DEEP["lstm"] else model
+    expected = shares(plain, x, x0, y, n_steps)
+    if plain is not model:
+        expected = {"input": expected["input"], "lstm": expected["lstm.whole"]}
+    assert len(expected) >= 2
+    for layer, value in expected.items():
+        error = (blame[layer] - value.view_as(blame[layer])).abs().max()
+        assert error <= 1e-10 * value.abs().max(), layer
+
+
+@pytest.mark.parametrize("make", {**MODELS, **DEEP}.values(), ids={**MODELS, **DEEP}.keys())
 def test_near_the_reference_it_is_gradient_times_difference(make):
     model, x, y = make()
     direction = torch.randn_like(x)
     for size in (1e-4, 1e-6):
         x0 = x - size * direction
-        blame = attribute(model, x, y, CE, "secant", layers=["input"], baseline=x0)["input"]
+        blame = attribute(model, x, y, CE, "secant", ["input"], x0, of="elements")["input"]
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(CE(model(leaf), y, reduction="sum"), leaf)
-        expected = (
-            (gradient * size * direction).flatten(2).sum(2)
-            if x.dim() > 2
-            else (gradient * size * direction)
-        )
+        expected = gradient * size * direction
         scale = expected.abs().max()
         assert (blame - expected).abs().max() <= 20 * size * scale
 
@@ -157,15 +179,6 @@ def test_in_place_functions_are_paired():
         torch.testing.assert_close(found[name], expected[name])
 
 
-def test_integer_inputs_take_another_input_as_baseline():
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
-    x, x0, y = torch.randint(7, (5, 3)), torch.randint(7, (5, 3)), torch.randint(3, (5,))
-    blame = attribute(model, x, y, CE, "secant", layers="all", baseline=x0)
-    torch.testing.assert_close(blame.per_sample("0"), blame.losses - blame.reference_losses)
-    with pytest.raises(ValueError, match="use n_steps=1"):
-        attribute(model, x, y, CE, "secant", baseline=x0, n_steps=2)
-
-
 def test_dropout_sees_the_same_mask_in_both_runs():
     model, x, y = cnn()
     model[8].train()
@@ -196,3 +209,28 @@ def test_a_forward_that_writes_into_a_layers_output_is_run_again(converted):
     blame = attribute(model, x, y, CE, "secant", layers="all", n_steps=2)
     assert {"input", "a", "act"} <= blame.residual.keys()
     assert max(blame.residual.values()) < 1e-10
+
+
+@pytest.mark.parametrize("n_steps", [1, 4])
+def test_torchs_own_pre_norm_transformer_with_a_causal_mask(n_steps):
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(
+                8, 2, 12, 0.0, F.gelu, batch_first=True, norm_first=True
+            )
+            self.encoder = nn.TransformerEncoder(
+                layer, 2, nn.LayerNorm(8), enable_nested_tensor=False
+            )
+            self.head = nn.Linear(8, 5)
+            self.mask = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.head(self.encoder(x, mask=self.mask, is_causal=True)).transpose(1, 2)
+
+    model = Causal().double().eval()
+    x, y = torch.randn(3, 6, 8, dtype=torch.float64), torch.randint(5, (3, 6))
+    names = ["input", "encoder.layers.0", "encoder.layers.1", "encoder", "head"]
+    blame = attribute(model, x, y, CE, "secant", names, torch.randn(8).double(), n_steps)
+    assert [*blame.residual] == names
+    blame.check(1e-10)

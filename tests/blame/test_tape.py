@@ -161,3 +161,50 @@ def test_a_rounded_quotient_is_refused() -> None:
     model, x, y = problem(lambda a, b: torch.div(a, 0.1, rounding_mode="floor") + b)
     with pytest.raises(NotImplementedError, match=r"no rule for torch\.div"):
         attribute(model, x, y, CE, "secant", baseline=-x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: a * (a > 0).to(a.dtype),
+        lambda a: a + a.detach().square(),
+        lambda a: a / a.detach().norm(dim=1, keepdim=True),
+        lambda a: torch.where(torch.tensor([True, False] * 2), a, a.detach() ** 2),
+        lambda a: F.linear(a, a.detach()[:4].T),
+    ],
+    ids=["comparison", "sum", "quotient", "where", "an op's argument"],
+)
+def test_numbers_without_a_derivative_that_differ_are_refused(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """What they do to the loss would be missing from every cut."""
+    model, x, y = problem(lambda a, b: function(a) + b)
+    with pytest.raises(RuntimeError, match="takes numbers that differ between the input and the"):
+        attribute(model, x, y, CE, "secant", baseline=-x)
+    attribute(model, x, y, CE, "secant", baseline=x)
+
+
+def test_a_mask_of_an_op_that_differs_is_refused() -> None:
+    def masked(a: Tensor, b: Tensor) -> Tensor:
+        q, k = a.view(-1, 2, 2), b.view(-1, 2, 2)
+        mask = (k > 0).any(-1)[:, None].expand(-1, 2, -1) | torch.eye(2, dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+    model, x, y = problem(masked)
+    with pytest.raises(RuntimeError, match="takes a mask or indices that differ"):
+        attribute(model, x, y, CE, "secant", baseline=-x)
+
+
+def test_memory_that_is_written_over_may_hold_anything() -> None:
+    held = iter((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+
+    def written(a: Tensor, b: Tensor) -> Tensor:
+        out = torch.full((len(a), 8), next(held), dtype=a.dtype)
+        out[:, :4] = a
+        out[:, 4:].copy_(b.tanh())
+        return out
+
+    model, x, y = problem(lambda a, b: torch.cat([a, b], 1))
+    model.function = written
+    blame = attribute(model, x, y, CE, "secant", ["input"], baseline=-x)
+    assert blame.residual["input"] < 1e-10

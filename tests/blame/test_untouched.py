@@ -9,8 +9,9 @@ from models import MODELS
 from torch import nn
 
 from torchbp import attribute
+from torchbp.blame.methods import METHODS
 
-METHODS = ["gradient", "taylor", "link", "logits", "secant", "ablation"]
+QUICK = {"shapley": {"n_permutations": 2}}
 
 
 def fingerprint(model: nn.Module, x: torch.Tensor) -> dict:
@@ -51,25 +52,77 @@ def test_success_changes_nothing(make, method, training):
     before = fingerprint(model, x)
     with torch.no_grad():
         inside = torch.is_grad_enabled()
-        attribute(model, x, y, F.cross_entropy, method)
+        attribute(model, x, y, F.cross_entropy, method, **QUICK.get(method, {}))
         assert torch.is_grad_enabled() == inside
     assert same(before, fingerprint(model, x)) and seen
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_failure_changes_nothing(method):
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
+class Trap(nn.Module):
+    """Hands its input on, until it fails: in the n-th forward pass, or in the n-th backward."""
 
-    class Fails(nn.Module):
-        def forward(self, x):
+    def __init__(self, forward: int = 0, backward: int = 0) -> None:
+        super().__init__()
+        self.at = {"forward": forward, "backward": backward}
+        self.passed = {"forward": 0, "backward": 0}
+
+    def count(self, way):
+        self.passed[way] += 1
+        if self.passed[way] == self.at[way]:
             raise ZeroDivisionError("in the middle")
 
-    model.append(Fails())
-    x, y = torch.randn(5, 4), torch.randint(3, (5,))
-    before = fingerprint(model, x)
-    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="training mode"):
-        attribute(model, x, y, F.cross_entropy, method)
-    assert same(before, fingerprint(model, x))
+    def forward(self, x):
+        self.count("forward")
+        x = x * 1.0
+        if x.requires_grad:
+            x.register_hook(lambda error: self.count("backward"))
+        return x
+
+
+def trapped(trap: Trap) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(True), trap, nn.Dropout(), nn.Linear(4, 3)
+    )
+    return model, torch.randn(5, 4), torch.randint(3, (5,))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:attribute. the model is in training mode")
+def test_failure_changes_nothing(method, way):
+    """Fail in every one of the passes that a method makes, one after the other."""
+    options = QUICK.get(method, {})
+    free = Trap()
+    attribute(*_eval(trapped(free)), F.cross_entropy, method, **options)
+    passes = free.passed[way]
+    assert passes > 0 or (way == "backward" and method in ("ablation", "shapley"))
+    for n in {1, 2, (passes + 1) // 2, passes} - {0}:
+        if n > passes:
+            continue
+        for training in (False, True):
+            model, x, y = trapped(Trap(**{way: n}))
+            model.train(training)
+            before = fingerprint(model, x)
+            with pytest.raises(ZeroDivisionError):
+                attribute(model, x, y, F.cross_entropy, method, **options)
+            assert same(before, fingerprint(model, x))
+
+
+def _eval(problem):
+    problem[0].eval()
+    return problem
+
+
+def test_a_failing_loss_changes_nothing():
+    def fails(z, y):
+        raise ZeroDivisionError("in the loss")
+
+    for method in METHODS:
+        model, x, y = trapped(Trap())
+        model.eval()
+        before = fingerprint(model, x)
+        with pytest.raises(ZeroDivisionError):
+            attribute(model, x, y, fails, method)
+        assert same(before, fingerprint(model, x))
 
 
 def test_training_mode_is_named():

@@ -75,8 +75,9 @@ def named_layers(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[st
         TypeError: if an element is neither a name nor a module.
         ValueError: if the model has no such layer; names close to it are suggested.
     """
-    if isinstance(layers, str):
-        layers = [layers]
+    layers = [layers] if isinstance(layers, str) else list(layers)
+    if not layers:
+        raise ValueError("layers: expected at least one name or module, got none")
     modules = dict(model.named_modules())
     names = {id(m): n for n, m in modules.items()}
     found: dict[str, nn.Module] = {}
@@ -84,13 +85,14 @@ def named_layers(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[st
         if isinstance(layer, nn.Module):
             if id(layer) not in names:
                 raise ValueError(f"layers: {layer!r} is not a module of the model")
-            found[names[id(layer)]] = layer
-        elif isinstance(layer, str):
-            if layer not in modules and layer != INPUT:
-                raise ValueError(unknown("layers", layer, [*modules][1:]))
-            found[layer] = modules.get(layer, model)
-        else:
+            layer = names[id(layer)]
+        elif not isinstance(layer, str):
             raise TypeError(f"layers: expected names or modules, got {type(layer).__name__}")
+        elif layer not in modules and layer != INPUT:
+            raise ValueError(unknown("layers", layer, [*modules][1:]))
+        if layer in found:
+            raise ValueError(f"layers: {layer!r} is given twice")
+        found[layer] = modules.get(layer, model)
     return found
 
 
@@ -178,6 +180,7 @@ class Call:
     unit_dim: int
     source: int | None = None  # the call (by position) whose output is this one's input
     version: int = 0
+    alone: bool = True  # whether the module returned this tensor and nothing else
 
     @property
     def changed(self) -> bool:
@@ -194,14 +197,18 @@ class Capture:
         differentiable: make outputs require grad where nothing before them does (integer inputs).
         protect: hand a copy on to the next module, so that in-place operations spare the record.
         watched: modules whose names stand in ``current`` while they are being called.
+        starts: values to begin paths with, in the order of the pass, in place of the outputs that
+            no differentiable input leads to.
     """
 
     modules: dict[str, nn.Module]
     differentiable: bool = False
     protect: bool = False
     watched: dict[str, nn.Module] = field(default_factory=dict)
+    starts: Sequence[Tensor] | None = None
     calls: list[Call] = field(default_factory=list)
     current: list[str] = field(default_factory=list)
+    began: list[Tensor] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
     _position: dict[int, int] = field(default_factory=dict)
     _passed: list[Tensor] = field(default_factory=list)
@@ -254,10 +261,10 @@ class Capture:
 
     def record(self, name: str, module: nn.Module, args: Any, output: Any, value: Tensor) -> Any:
         """Enter one call; returns what the module shall return instead, or ``None``."""
-        replaced = None
-        if self.differentiable and not value.requires_grad:
-            value = value.detach().requires_grad_()
-            replaced = replace_first(output, value)
+        replaced, alone = None, value is output
+        begins = self.differentiable and not value.requires_grad
+        if begins:
+            value = self._beginning(value)
         elif any(value is t for t in (*args, *self._passed)):
             # A module that hands its input on (Identity, dropout in eval) is an edge of its own.
             value = value.view_as(value)
@@ -267,13 +274,26 @@ class Capture:
         if source is not None and self.calls[source].output.dim() == value.dim():
             inherited = self.calls[source].unit_dim
         dim = unit_dim(module, value, inherited)
-        self.calls.append(Call(name, module, value, dim, source, value._version))
+        self.calls.append(Call(name, module, value, dim, source, value._version, alone))
         passed = value
-        if self.protect:
+        if self.protect or begins:  # nothing may write into a leaf
             passed = value.clone()
             replaced = replace_first(output, passed)
         self.passes(passed)
         return replaced
+
+    def _beginning(self, value: Tensor) -> Tensor:
+        """A leaf to begin a path with: the value that came, or the next one that was given."""
+        if self.starts is not None:
+            k = len(self.began)
+            if k >= len(self.starts) or self.starts[k].shape != value.shape:
+                raise RuntimeError(
+                    "the model's embeddings ran differently than in the pass before: its control "
+                    "flow must not depend on values"
+                )
+            value = self.starts[k]
+        self.began.append(value.detach().requires_grad_())
+        return self.began[-1]
 
     def passes(self, passed: Tensor) -> None:
         """Note that ``passed`` is what the next module sees of the last call's output."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchbp.ops.base import wide
 
@@ -94,17 +95,26 @@ class LossHead:
             ``[N]`` losses, differentiable with respect to ``output``.
 
         Raises:
+            TypeError: if the loss is not a tensor.
             ValueError: if targets have the wrong shape or range, or the loss is not a sum or
                 mean over samples.
         """
         check_targets(self, output, targets)
-        if self.elementwise is not None:
-            loss = self.elementwise(output, targets)
-        else:
-            loss = self.loss_fn(output, targets)
+        loss = self.evaluate(output, targets)
         if loss.dim() > 0:
             return loss.flatten(1).sum(1) if loss.dim() > 1 else loss
         return self._one_by_one(loss, output, targets)
+
+    def evaluate(self, output: Any, targets: Any) -> Tensor:
+        """The loss as it is called: un-averaged where it has a ``reduction``.
+
+        Raises:
+            TypeError: if it is not a tensor.
+        """
+        loss = (self.elementwise or self.loss_fn)(output, targets)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn: expected a tensor in return, got {type(loss).__name__}")
+        return loss
 
     def _one_by_one(self, whole: Tensor, output: Any, targets: Any) -> Tensor:
         if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
@@ -114,7 +124,7 @@ class LossHead:
             )
         rows = [self.loss_fn(output[n : n + 1], targets[n : n + 1]) for n in range(len(output))]
         losses = torch.stack(rows)
-        total = losses.detach().sum()
+        whole, total = whole.detach(), losses.detach().sum()
         tolerance = 1e-4 * float(losses.detach().abs().sum()) + 1e-12
         if not any(abs(float(whole) * n - float(total)) <= tolerance for n in (1, len(output))):
             raise ValueError(
@@ -123,6 +133,49 @@ class LossHead:
                 "Blame per sample is not defined for it"
             )
         return losses
+
+
+def refuse_coupled(head: LossHead, output: Any, targets: Any, losses: Tensor) -> None:
+    """Refuse a loss that gives a sample another value in other company.
+
+    Half the samples, picked at random, are evaluated by themselves. Losses that torchbp knows are
+    exempt, scalars are compared by :meth:`LossHead.per_sample`, and what cannot be cut into samples
+    (weights of a batch that the function keeps to itself) is not compared.
+
+    Args:
+        head: the loss.
+        output: what the model returned.
+        targets: as the loss takes them.
+        losses: ``[N]`` what :meth:`LossHead.per_sample` made of them.
+
+    Raises:
+        ValueError: if losses differ, as contrastive ones do.
+    """
+    samples = len(losses)
+    if head.kind != "other" or samples < 2:
+        return
+    some = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: samples // 2]
+
+    def cut(value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.shape[:1] == (samples,)
+        return value.detach()[some.to(value.device)] if fits else value
+
+    with torch.no_grad():
+        try:
+            alone = head.evaluate(pytree.tree_map(cut, output), pytree.tree_map(cut, targets))
+        except Exception:
+            return  # the function is made for this batch only
+    if alone.dim() == 0 or len(alone) != len(some):
+        return
+    together = losses.detach()[some.to(losses.device)].reshape(len(some), -1).sum(1)
+    difference = (alone.reshape(len(alone), -1).sum(1) - together).abs().max()
+    tolerance = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 1e-2
+    if bool(difference > tolerance * losses.detach().abs().max()):
+        raise ValueError(
+            "loss_fn is not a sum over samples: it returned one loss per sample, but with half of "
+            f"the batch alone one of them changes by {float(difference):.3g}. Blame per sample is "
+            "not defined for a loss that couples the samples of a batch"
+        )
 
 
 def _accepts_reduction(function: Any) -> bool:

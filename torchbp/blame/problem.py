@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchbp.blame.capture import (
-    INPUT,
     NO_LAYER,
     Call,
     Capture,
@@ -29,7 +28,9 @@ from torchbp.blame.capture import (
     unit_calls,
     writes_in_place,
 )
-from torchbp.blame.definitions import LossHead
+from torchbp.blame.definitions import LossHead, refuse_coupled
+from torchbp.blame.watch import unwatched
+from torchbp.ops.base import wide
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class Point:
         state: parameters and buffers by name, used in place of the model's own; those that require
             grad get error signals.
         shift: added to the model's output before the loss; for references other than an input.
+        starts: values of the outputs where paths begin (embeddings of integer inputs), in the order
+            of the pass, in place of what the model makes of its inputs.
+        targets: used in place of the problem's own, where the inputs hold its batch several times.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] | None = None
     shift: Tensor | None = None
+    starts: Sequence[Tensor] | None = None
+    targets: Any = None
 
 
 @dataclass
@@ -60,12 +66,14 @@ class Run:
         losses: ``[N]``, not averaged.
         sources: where paths to the loss begin: the floating inputs as differentiable leaves, and
             outputs that no such input leads to (embeddings of integers).
+        began: those outputs.
     """
 
     calls: dict[str, Call]
     output: Any
     losses: Tensor
     sources: list[Tensor]
+    began: list[Tensor]
 
 
 @dataclass
@@ -94,6 +102,10 @@ class Problem:
         else:
             self.wanted = named_layers(self.model, self.layers)
         self.protect = writes_in_place(self.model)
+        self.checked = False
+        # Where inputs are integers, paths begin at their embeddings, whatever layers are asked for.
+        integers = [v for v in (*self.args, *self.kwargs.values()) if _is_integer(v)]
+        self.hooked = {**leaves(self.model), **self.wanted} if integers else self.wanted
 
     @property
     def point(self) -> Point:
@@ -109,25 +121,22 @@ class Problem:
         return per_player(values, call.unit_dim, self.of)
 
     def contribution(self, call: Call, error: Tensor, reference: Tensor | None = None) -> Tensor:
-        """``[N, players]``: activation, less its reference, times error signal."""
+        """``[N, players]``: activation, less its reference, times error signal.
+
+        Halves are multiplied and summed in float32.
+        """
         activation = call.output.detach()
         gap = activation if reference is None else activation - reference
-        return self.reduce(gap * error, call)
+        return self.reduce(wide(gap) * wide(error), call)
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Random state kept, gradients on, and a word about training mode."""
-        coupled = training_modules(self.model)
-        if coupled:
-            warnings.warn(
-                f"attribute: the model is in training mode: {', '.join(coupled[:3])} "
-                f"{'and others ' if len(coupled) > 3 else ''}make per-sample blame random or "
-                "dependent on the batch; call model.eval() first",
-                UserWarning,
-                stacklevel=4,
-            )
+        if training_modules(self.model):
+            warnings.warn(_in_training(self.model), UserWarning, stacklevel=4)
         devices = cuda_devices([*self.model.parameters(), *self.model.buffers()])
         with (
+            unwatched(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.random.fork_rng(devices),
@@ -146,15 +155,26 @@ class Problem:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: Mapping[str, Tensor] | None = None,
+        module: nn.Module | None = None,
     ) -> Any:
-        """The model's output; every call sees the same random numbers."""
+        """The model's output; every call sees the same random numbers.
+
+        Args:
+            args: positional inputs.
+            kwargs: keyword inputs.
+            state: parameters and buffers by name, used in place of the model's own.
+            module: what to call instead of the model: a module that holds it as ``model``.
+        """
         for device, random in self._rng.items():
             if device is None:
                 torch.set_rng_state(random)
             else:
                 torch.cuda.set_rng_state(random, device)
-        own = self.fresh_state()
-        return functional_call(self.model, {**own, **(state or {})}, args, kwargs)
+        # Copies, for a model may write into its buffers.
+        own = {**self.fresh_state(), **{n: v.clone() for n, v in (state or {}).items()}}
+        if module is not None:
+            own = {f"model.{name}": value for name, value in own.items()}
+        return functional_call(module or self.model, own, args, kwargs)
 
     def run(self, point: Point | None = None, *, mode: Any = None) -> Run:
         """Forward pass and losses, with every wanted layer's output on record.
@@ -174,9 +194,10 @@ class Problem:
         floating = [i for i, v in enumerate(inputs) if _is_floating(v)]
         watched = {} if mode is None else dict(self.model.named_modules())
         watched.pop("", None)
-        capture = Capture(self.wanted, True, self.protect, watched)
-        with capture, _tape(mode, capture):
-            fed = [v.clone() if self.protect and _is_floating(v) else v for v in inputs]
+        capture = Capture(self.hooked, True, self.protect, watched, point.starts)
+        # Where paths begin is told by what requires grad.
+        with torch.enable_grad(), capture, _tape(mode, capture):
+            fed = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
             for i in floating:
                 capture.record_input(self.model, inputs[i], fed[i])
             n = len(point.args)
@@ -186,17 +207,30 @@ class Problem:
                 raise _WrittenInPlace
             final = capture.producer(output)
             judged = output if point.shift is None else output + point.shift
-            losses = self.head.per_sample(judged, self.targets)
+            targets = self.targets if point.targets is None else point.targets
+            losses = self.head.per_sample(judged, targets)
+        self._check_losses(point, judged, targets, losses)
         calls = self._select(capture.calls, final, len(losses))
-        began = [c.output for c in capture.calls if c.output.is_leaf and c.name != INPUT]
-        return Run(calls, output, losses, [*(inputs[i] for i in floating), *began])
+        began = capture.began
+        return Run(calls, output, losses, [*(inputs[i] for i in floating), *began], began)
+
+    def _check_losses(self, point: Point, output: Any, targets: Any, losses: Tensor) -> None:
+        inputs = [v for v in (*point.args, *point.kwargs.values()) if isinstance(v, Tensor)]
+        if not any(v.shape[:1] == losses.shape[:1] for v in inputs):
+            raise ValueError(
+                f"loss_fn: expected one loss per sample of inputs {[*map(_shape, inputs)]}, whose "
+                f"first dimension runs over samples; got {len(losses)} losses"
+            )
+        if not self.checked:
+            refuse_coupled(self.head, output, targets, losses)
+            self.checked = True
 
     def _select(self, calls: list[Call], final: Call | None, samples: int) -> dict[str, Call]:
         names = dict(zip(map(id, calls), call_names(calls), strict=True))
         # Tables of positions, say, are the same for all samples: nobody's share can be told.
         shared = [c for c in calls if c.output.shape[:1] != (samples,)]
-        calls = [c for c in calls if c.output.shape[:1] == (samples,)]
         chosen = hidden(unit_calls(calls), final) if self.layers is None else calls
+        chosen = [c for c in chosen if c.output.shape[:1] == (samples,)]
         if not chosen:
             raise ValueError(NO_LAYER)
         wanted = self.layers not in (None, "all")
@@ -216,6 +250,22 @@ class Problem:
         return found
 
 
+def _in_training(model: nn.Module) -> str:
+    names = training_modules(model)
+    norms = [name for name in names if "BatchNorm" in name]
+    text = (
+        f"attribute: the model is in training mode: {', '.join(names[:3])} "
+        f"{'and others ' if len(names) > 3 else ''}make blame random or dependent on the batch; "
+        "call model.eval() first"
+    )
+    if norms:
+        text += (
+            f". Through {norms[0]} every sample moves the losses of all: what is given for a "
+            "sample is its share in the blame of this batch, not a value of its own"
+        )
+    return text
+
+
 class _WrittenInPlace(Exception):
     """A layer's output was overwritten before it could be read."""
 
@@ -233,6 +283,14 @@ def _tape(mode: Any, capture: Capture) -> Iterator[None]:
         mode.drop_run()
         raise
     mode.finish_run()
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)
 
 
 def _is_floating(value: Any) -> bool:

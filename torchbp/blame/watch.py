@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,22 @@ from torchbp.blame.capture import (
     unit_dim,
     writes_in_place,
 )
+
+_PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Passes through the model that are no part of the training: no tracker counts them."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
+
+
+def _watching() -> bool:
+    return torch.is_grad_enabled() and not _PAUSED.get()
 
 
 @dataclass
@@ -145,7 +163,7 @@ class Watch:
 
     def _layer_hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not self.live or not torch.is_grad_enabled():
+            if not self.live or not _watching():
                 return None
             value = first_tensor(output)
             if value is None or not value.requires_grad:
@@ -167,7 +185,7 @@ class Watch:
         return hook
 
     def _norm_hook(self, module: nn.Module, args: Any) -> None:
-        if self.live and torch.is_grad_enabled():
+        if self.live and _watching():
             seen = 0 if self._probe is None else len(self._probe.calls)
             self._norm_calls.append((module, seen))
 
@@ -205,7 +223,7 @@ class Watch:
         )
 
     def _output_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not _watching():
             return
         self._pending.forwards += 1
         if not self.live:

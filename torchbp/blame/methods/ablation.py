@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from torchbp.blame.capture import INPUT, Call, Of, first_tensor, replace_first
+from torchbp.blame.activations import reference_activations
+from torchbp.blame.capture import Call, Of, first_tensor, training_modules
 from torchbp.blame.methods.base import Method, Result
-from torchbp.blame.problem import Problem
+from torchbp.blame.problem import Problem, Run
+from torchbp.blame.rerun import losses_again, rerun
 
-#: Samples (times silenced units) run at once.
-_ROWS = 1 << 13
+#: Bytes that the rest of the network may take at once, unless told otherwise.
+MEMORY = 1 << 28
+
+#: Tensors of the widest layer's size that are alive at once: an op's input and output, and what
+#: convolutions and losses need beside them.
+_ALIVE = 4
 
 
 def ablation(problem: Problem) -> Result:
-    """``b = L - L(unit := 0)`` for every unit of every layer, each by a forward pass.
+    """``b = L - L(unit := reference)`` for every unit of every layer, each by a forward pass.
 
-    In a ``torch.nn.Sequential`` only the part after the layer runs again; in other models the
-    whole forward does. Many units go through in one batch.
+    The rest of the network runs again from the layer on, see :func:`torchbp.blame.rerun.rerun`;
+    many units go through in one batch, unless the model is in training mode, where a batch of its
+    own gives every unit the same statistics and the same dropout. Baselines are those of
+    :func:`torchbp.blame.activations.reference_activations`. Options:
+
+    * ``memory``: about how many bytes these batches may take; at least one unit goes at a time.
+    * ``seed``: of the baseline ``"resample"``.
+
+    Raises:
+        TypeError: if ``memory`` is not an integer, or a layer's output cannot be replaced.
+        ValueError: if ``memory`` is not positive, or the baseline does not fit.
     """
+    memory = problem.option("memory", MEMORY)
+    if not isinstance(memory, int) or isinstance(memory, bool):
+        raise TypeError(f"memory: expected a number of bytes, got {memory!r}")
+    if memory < 1:
+        raise ValueError(f"memory: expected a positive number of bytes, got {memory}")
     run = problem.run()
+    references = reference_activations(problem, run)
+    rows = max(1, memory // (_ALIVE * _row_bytes(run)))
+    step = 1 if training_modules(problem.model) else max(1, rows // max(len(run.losses), 1))
     with torch.no_grad():
-        values = {
-            name: _ablate(problem, name, call, run.losses.detach())
-            for name, call in run.calls.items()
-        }
+        values = {n: _ablate(problem, n, c, references[n], step) for n, c in run.calls.items()}
     return Result(values, run)
+
+
+def _row_bytes(run: Run) -> int:
+    """Bytes of the widest thing that one sample becomes, as far as it was recorded."""
+    seen = [c.output for c in run.calls.values()] + [*run.sources]
+    output = first_tensor(run.output)
+    seen += [] if output is None else [output]
+    return max(t.element_size() * max(t.numel() // max(len(t), 1), 1) for t in seen if t.dim())
 
 
 def player_masks_shape(activation: Tensor, call: Call, of: Of) -> torch.Size:
@@ -41,86 +65,25 @@ def player_masks_shape(activation: Tensor, call: Call, of: Of) -> torch.Size:
     return torch.Size(activation.shape[d] if d in kept else 1 for d in range(1, activation.dim()))
 
 
-def _ablate(problem: Problem, name: str, call: Call, losses: Tensor) -> Tensor:
+def _ablate(problem: Problem, name: str, call: Call, reference: Tensor | None, step: int) -> Tensor:
+    """``[N, players]``, ``step`` of them at a time."""
     activation = call.output.detach()
+    reference = torch.zeros_like(activation) if reference is None else reference
+    reference = reference.expand_as(activation)
     if activation.dim() == 1:
-        activation = activation[:, None]
+        activation, reference = activation[:, None], reference[:, None]
     shape = player_masks_shape(activation, call, problem.of)
-    units, n = shape.numel(), len(losses)
-    rest = _suffix(problem, call) or _whole(problem, name, call)
-    step = max(1, _ROWS // max(n, 1))
+    players, rest = shape.numel(), rerun(problem, name, call)
+    losses = losses_again(problem, rest(call.output.detach(), 1), 1)
     parts = []
-    for start in range(0, units, step):
-        count = min(step, units - start)
-        keep = torch.ones(count, units, dtype=activation.dtype, device=activation.device)
-        keep[torch.arange(count), torch.arange(start, start + count)] = 0
-        silenced = activation * keep.view(count, 1, *shape)
-        output = rest(silenced.reshape(count * n, *call.output.shape[1:]), count)
-        targets = problem.targets.repeat(count, *[1] * (problem.targets.dim() - 1))
-        parts.append(losses - problem.head.per_sample(output, targets).view(count, n))
-    return torch.cat(parts).T if parts else losses.new_zeros(n, 0)
+    for start in range(0, players, step):
+        chosen = torch.arange(start, min(start + step, players), device=activation.device)
+        silent = torch.zeros(len(chosen), players, dtype=torch.bool, device=activation.device)
+        silent.scatter_(1, chosen[:, None], True)
+        silenced = torch.where(silent.view(-1, 1, *shape), reference, activation)
+        output = rest(silenced.reshape(-1, *call.output.shape[1:]), len(chosen))
+        parts.append(losses - losses_again(problem, output, len(chosen)))
+    return torch.cat(parts).T if parts else losses.new_zeros(losses.shape[1], 0)
 
 
-Rest = Callable[[Tensor, int], Any]
-
-
-def _suffix(problem: Problem, call: Call) -> Rest | None:
-    """What follows the layer in (nested) Sequentials; ``None`` where the model is none."""
-    if call.name == INPUT:
-        others = problem.args[1:]
-        return lambda silenced, count: problem.call(
-            (silenced, *(_repeat(a, count) for a in others)), {}
-        )
-    after: list[nn.Module] = []
-    module: nn.Module = problem.model
-    places = [m for parent in module.modules() for m in parent._modules.values()]
-    if len({id(m) for m in places}) != len(places):
-        return None  # a reused module has several suffixes
-    for part in call.name.split("."):
-        if type(module) is not nn.Sequential:
-            return None
-        children = dict(module.named_children())
-        names = [*children]
-        following = [children[n] for n in names[names.index(part) + 1 :]]
-        after = [*following, *after]
-        module = children[part]
-    rest = nn.Sequential(*after)
-    rest.training = problem.model.training
-    state = {n: p.detach() for n, p in rest.named_parameters()}
-    state |= {n: b.clone() for n, b in rest.named_buffers()}
-    return lambda silenced, count: functional_call(rest, state, (silenced,))
-
-
-def _whole(problem: Problem, name: str, call: Call) -> Rest:
-    """The whole forward, with the layer's output replaced at its call."""
-    wanted = int(name.rpartition("#")[2]) if name != call.name else 1
-
-    def rest(silenced: Tensor, count: int) -> Any:
-        seen = 0
-
-        def replace(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal seen
-            if first_tensor(output) is None:
-                return None
-            seen += 1
-            return replace_first(output, silenced) if seen == wanted else None
-
-        handle = call.module.register_forward_hook(replace)
-        try:
-            return problem.call(
-                tuple(_repeat(a, count) for a in problem.args),
-                {k: _repeat(v, count) for k, v in problem.kwargs.items()},
-            )
-        finally:
-            handle.remove()
-
-    return rest
-
-
-def _repeat(value: Any, count: int) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    return value.repeat(count, *[1] * (value.dim() - 1))
-
-
-ABLATION = Method("ablation", "removal", ablation)
+ABLATION = Method("ablation", "removal", ablation, ("memory", "seed"))

@@ -45,18 +45,43 @@ class Method:
             ``L - L(reference)`` shared) or ``"sensitivity"`` (unweighted error signal).
         solve: computes it.
         options: names of the settings it takes, beyond those of every method.
+        n_steps: segments or nodes of its path, unless told otherwise.
     """
 
     name: str
     question: Question
     solve: Callable[[Problem], Result]
     options: tuple[str, ...] = ()
+    n_steps: int = 1
 
 
 def error_signals(
     objective: Tensor, calls: Sequence[Call], *, retain_graph: bool = False
 ) -> list[Tensor]:
     """``∂ objective / ∂ output`` of every call; zeros for layers without influence."""
-    outputs = [c.output for c in calls]
-    grads = torch.autograd.grad(objective, outputs, retain_graph=retain_graph, allow_unused=True)
-    return [torch.zeros_like(a) if g is None else g for a, g in zip(outputs, grads, strict=True)]
+    return gradients(objective, [c.output for c in calls], retain_graph=retain_graph)
+
+
+def gradients(
+    objective: Tensor, tensors: Sequence[Tensor], *, retain_graph: bool = False
+) -> list[Tensor]:
+    """``∂ objective`` by every tensor; zeros for those without influence."""
+    if not objective.requires_grad or not tensors:
+        return [torch.zeros_like(a) for a in tensors]
+    grads = torch.autograd.grad(objective, tensors, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(tensors, grads, strict=True)]
+
+
+def left_at_cut(total: Tensor | float, change: Tensor, shares: Tensor) -> Tensor:
+    """``[N]`` of what never reached a cut and is known for the batch only.
+
+    A sample's own part is what conservation leaves for it. Should the parts not add up to the
+    batch's, the error is spread over the samples, so that the residual shows it.
+
+    Args:
+        total: what the parameters or ops above the cut are known to have kept, over the batch.
+        change: ``[N]`` what each sample's blame must come to.
+        shares: ``[N, players]`` blame at the cut.
+    """
+    left = change - shares.flatten(1).sum(1)
+    return left + (total - left.sum()) / len(left)

@@ -5,56 +5,87 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchbp.blame.activations import reference_activations
+from torchbp.blame.cut_off import without_cut_off
 from torchbp.blame.methods.base import Method, Result, error_signals
 from torchbp.blame.problem import Problem
+from torchbp.blame.rerun import losses_again
 
 #: Rows of outputs evaluated at once; bounds memory to a few of them times the classes.
 _ROWS = 1 << 16
 
 
 def logits(problem: Problem) -> Result:
-    """``b = l(z) - l(z - J a)``, one backward pass per output.
+    """``b = l(z) - l(z - J (a - a0))``, one backward pass per output.
 
-    ``J a`` is what the unit adds to each output to first order. Exact for the last hidden layer
-    and wherever the network above is locally linear.
+    ``J (a - a0)`` is what the unit adds to each output to first order. Exact for the last hidden
+    layer and wherever the network above is locally linear. A number per sample, unit and output
+    followed is held. Options:
+
+    * ``rivals``: follow only the true class and so many others, each sample's strongest, in
+      ``rivals + 1`` backward passes; all classes if ``None``.
+    * ``seed``: of the baseline ``"resample"``.
 
     Raises:
-        ValueError: if the output is not ``[N]`` or ``[N, C]``.
+        TypeError: if ``rivals`` is not an integer.
+        ValueError: if the output is not ``[N]`` or ``[N, C]``, or ``rivals`` does not suit it.
     """
     run = problem.run()
     output = run.output
     if not isinstance(output, Tensor) or output.dim() not in (1, 2):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"method 'logits' needs an output of shape [N] or [N, C], got {shape}")
-    calls = [*run.calls.values()]
-    columns = output[:, None] if output.dim() == 1 else output
-    shares: list[list[Tensor]] = [[] for _ in calls]
-    for c in range(columns.shape[1]):
-        errors = error_signals(columns[:, c].sum(), calls, retain_graph=True)
-        for share, call, error in zip(shares, calls, errors, strict=True):
-            share.append(problem.contribution(call, error))
+    columns = output.reshape(len(output), -1)
+    followed = _followed(problem, columns.detach())
+    references = reference_activations(problem, run)
+    shares: dict[str, list[Tensor]] = {name: [] for name in run.calls}
+    for k in range(followed.shape[1]):
+        objective = columns.gather(1, followed[:, k : k + 1]).sum()
+        errors = error_signals(objective, [*run.calls.values()], retain_graph=True)
+        for (name, call), error in zip(run.calls.items(), errors, strict=True):
+            shares[name].append(problem.contribution(call, error, references[name]))
+    found = {name: torch.stack(parts, -1) for name, parts in shares.items()}
     losses = run.losses.detach()
     values = {
-        name: losses[:, None] - _loss_without(problem, output.detach(), torch.stack(share, -1))
-        for name, share in zip(run.calls, shares, strict=True)
+        name: losses[:, None] - _losses_without(problem, output.detach(), share, followed)
+        for name, share in without_cut_off(problem, run, found).items()
     }
     return Result(values, run)
 
 
-def _loss_without(problem: Problem, output: Tensor, shares: Tensor) -> Tensor:
-    """``[N, U]`` losses at ``output - share`` for shares ``[N, U, C]``."""
+def _followed(problem: Problem, output: Tensor) -> Tensor:
+    """``[N, k]`` the outputs to follow of every sample."""
+    samples, classes = output.shape
+    rivals = problem.option("rivals", None)
+    if rivals is None:
+        return torch.arange(classes, device=output.device).expand(samples, classes)
+    if not isinstance(rivals, int) or isinstance(rivals, bool):
+        raise TypeError(f"rivals: expected an integer or None, got {rivals!r}")
+    if not 1 <= rivals < classes:
+        raise ValueError(
+            f"rivals: expected 1 to {classes - 1} for an output of {classes} classes, got {rivals}"
+        )
+    true = problem.targets
+    if not isinstance(true, Tensor) or true.is_floating_point() or true.shape != (samples,):
+        raise ValueError("rivals: expected targets that are class indices of shape [N]")
+    true = true.clamp(min=0)[:, None]  # a sample whose class is ignored has no loss anyway
+    others = output.scatter(1, true, -torch.inf).topk(rivals, 1).indices
+    return torch.cat([true, others], 1)
+
+
+def _losses_without(problem: Problem, output: Tensor, shares: Tensor, followed: Tensor) -> Tensor:
+    """``[N, U]`` losses at ``output - share`` for shares ``[N, U, k]`` of the followed outputs."""
     n, units, _ = shares.shape
     step = max(1, _ROWS // max(n, 1))
     parts = []
     with torch.no_grad():
         for start in range(0, units, step):
-            part = shares[:, start : start + step]
-            width = part.shape[1]
-            z = output.reshape(n, 1, -1) - part
-            targets = problem.targets.repeat_interleave(width, 0)
-            flat = z.reshape(n * width, *output.shape[1:])
-            parts.append(problem.head.per_sample(flat, targets).reshape(n, width))
-    return torch.cat(parts, 1) if parts else output.new_zeros(n, 0)
+            part = shares[:, start : start + step].transpose(0, 1)
+            z = output.reshape(1, n, -1).repeat(len(part), 1, 1)
+            z.scatter_add_(2, followed.expand(len(part), -1, -1), -part.to(z.dtype))
+            z = z.reshape(len(part) * n, *output.shape[1:])
+            parts.append(losses_again(problem, z, len(part)))
+    return torch.cat(parts).T if parts else output.new_zeros(n, 0)
 
 
-LOGITS = Method("logits", "removal", logits)
+LOGITS = Method("logits", "removal", logits, ("rivals", "seed"))
