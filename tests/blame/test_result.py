@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import mlp
+from models import cnn, mlp
+from torch import nn
 
 from torchbp import BlameTracker, attribute
 from torchbp.blame import Blame
@@ -110,3 +111,76 @@ def test_reports_share_the_views_and_say_what_is_missing():
         report.suspects()
     with pytest.raises(KeyError, match="unknown name"):
         report.per_unit("7")
+
+
+def test_players_of_a_layer_are_units_positions_or_elements():
+    model, x, y = cnn()
+    found = {
+        of: attribute(model, x, y, F.cross_entropy, "taylor", layers=["2"], of=of)
+        for of in ("units", "positions", "elements")
+    }
+    elements = found["elements"]["2"]
+    assert elements.shape == (7, 4, 9, 9)
+    torch.testing.assert_close(found["units"]["2"], elements.sum((2, 3)))
+    torch.testing.assert_close(found["positions"]["2"], elements.sum(1))
+    torch.testing.assert_close(found["elements"].per_sample("2"), found["units"].per_sample("2"))
+    assert found["positions"].per_unit("2").shape == (81,)
+    with pytest.raises(ValueError, match="of: unknown name 'neurons'"):
+        attribute(model, x, y, F.cross_entropy, of="neurons")
+
+
+def test_inputs_are_blamed_element_by_element():
+    model, x, y = cnn()
+    blame = attribute(model, x, y, F.cross_entropy, of="inputs").check()
+    assert blame["input"].shape == x.shape
+    torch.testing.assert_close(blame.per_sample("input"), blame.losses - blame.reference_losses)
+    with pytest.raises(ValueError, match="layers: of='inputs' names the layers itself"):
+        attribute(model, x, y, F.cross_entropy, of="inputs", layers=["2"])
+
+
+def test_tokens_are_blamed_where_they_enter():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    tokens, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
+    blame = attribute(model, tokens, y, F.cross_entropy, "taylor", of="inputs")
+    assert blame["0"].shape == (5, 3)
+    with pytest.raises(ValueError, match=r"has no torch\.nn\.Embedding"):
+        attribute(nn.Sequential(OneHot(), nn.Linear(7, 3)), tokens[:, 0], y, F.cross_entropy,
+                  "taylor", of="inputs")  # fmt: skip
+
+
+class OneHot(nn.Module):
+    def forward(self, tokens):
+        return F.one_hot(tokens, 7).float()
+
+
+def test_conservation_is_part_of_the_result():
+    model, x, y = mlp()
+    blame = attribute(model, x, y, F.cross_entropy, "secant", layers="all")
+    assert blame.check() is blame
+    rows = [*blame.conservation()]
+    assert [row[0] for row in rows] == [*blame]
+    change = float((blame.losses - blame.reference_losses).sum())
+    for _, total, absorbed, expected, residual in rows:
+        assert total == pytest.approx(change) == expected and absorbed == 0 and residual < 1e-12
+    blame.units["3"][2, 1] += 1e-3
+    with pytest.raises(RuntimeError, match=r"not conserved within 1\.0e-09 .* at layer '3' by"):
+        blame.check()
+    blame.check(1.0)
+    blame.units["3"][2, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="at layer '3' by nan"):
+        blame.check(1.0)
+
+
+def test_what_was_absorbed_counts():
+    model, x, y = mlp()
+    blame = attribute(model, x, y, F.cross_entropy, "secant", layers=["3"])
+    blame.units["3"] -= 0.5
+    blame.absorbed["3"] = torch.full((9,), 0.5 * 7, dtype=torch.float64)
+    blame.check()
+    assert next(iter(blame.conservation()))[2] == pytest.approx(0.5 * 7 * 9)
+
+
+def test_nothing_to_check_is_said():
+    model, x, y = mlp()
+    with pytest.raises(ValueError, match="check: method 'taylor' answers removal"):
+        attribute(model, x, y, F.cross_entropy, "taylor").check()

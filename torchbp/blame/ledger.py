@@ -124,6 +124,23 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()
 
 
+def sample_ids(samples: Any, n: int) -> Tensor:
+    """``[n]`` ids of a batch's samples, on the CPU.
+
+    Raises:
+        ValueError: if they are not ``n`` non-negative integers.
+    """
+    ids = torch.as_tensor(samples).cpu()
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
+        raise ValueError(
+            f"samples: expected {n} integer ids, got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    ids = ids.long()
+    if n and int(ids.min()) < 0:
+        raise ValueError(f"samples: ids must not be negative, got {int(ids.min())}")
+    return ids
+
+
 class SampleLedger:
     """What is known of every training sample: its loss over time, and the blame it caused."""
 

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from torchbp.blame.capture import Of, unknown
 from torchbp.blame.definitions import Question
+from torchbp.blame.samples import drivers
 from torchbp.blame.summary import Summary
 from torchbp.tables import Table
 
 #: Relative residuals that rounding explains.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """The largest relative residual that rounding in ``dtype`` explains."""
+    return _TOLERANCE.get(dtype, 5e-2)
 
 
 @dataclass(repr=False, eq=False)
@@ -91,6 +97,10 @@ class Blame(Summary, Mapping[str, Tensor]):
         """
         chosen = (self._classes() == true) & (self.predictions() == predicted)
         return self[layer][chosen].sum(0).flatten()
+
+    def samples(self, layer: str, unit: int | tuple[int, ...], k: int = 10) -> Table:
+        """The ``k`` samples that drive a unit's blame; see :func:`torchbp.blame.drivers`."""
+        return drivers(self, layer, unit, k)
 
     def predictions(self) -> Tensor:
         """``[N]`` predicted classes.
@@ -171,7 +181,7 @@ class Blame(Summary, Mapping[str, Tensor]):
                 "complete cut between input and loss: there is no sum to conserve"
             )
         if tolerance is None:
-            tolerance = _TOLERANCE.get(self.losses.dtype, 5e-2)
+            tolerance = default_tolerance(self.losses.dtype)
         # Written so that NaN fails.
         broken = [(n, r) for n, r in self.residual.items() if not r <= tolerance]
         if broken:

@@ -16,7 +16,7 @@ from torchbp.blame.capture import INPUT, NO_LAYER, first_tensor, leaves, named_l
 from torchbp.blame.definitions import LossHead, one_term_reason
 from torchbp.blame.error_scale import candidates, fit
 from torchbp.blame.frame import Frame
-from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, add_up, merged
+from torchbp.blame.ledger import Layout, SampleLedger, UnitSums, add_up, merged, sample_ids
 from torchbp.blame.methods import METHODS
 from torchbp.blame.report import Report
 from torchbp.blame.settle import Step, settle
@@ -148,7 +148,7 @@ class BlameTracker:
         self, pending: Pending, now: int, loss: Tensor, targets: Tensor, samples: Any
     ) -> None:
         output, error = pending.outputs[0]
-        samples = None if samples is None else _sample_ids(samples, len(output))
+        samples = None if samples is None else sample_ids(samples, len(output))
         heads = self._heads or candidates(output, targets)
         head, scale, losses = fit(heads, output, error, targets, loss.detach())
         if self._heads is None and (len(heads) == 1 or bool(error.any())):
@@ -318,18 +318,6 @@ def _check_backward(pending: Pending) -> None:
             f"tracker.step: {len(pending.outputs)} backward passes since the last step; call "
             "it once after each"
         )
-
-
-def _sample_ids(samples: Any, n: int) -> Tensor:
-    ids = torch.as_tensor(samples).cpu()
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
-        raise ValueError(
-            f"samples: expected {n} integer ids, got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    ids = ids.long()
-    if n and int(ids.min()) < 0:
-        raise ValueError(f"samples: ids must not be negative, got {int(ids.min())}")
-    return ids
 
 
 def _logger(writer: Any) -> Any:
