@@ -27,14 +27,16 @@ class Split:
         return len(self.y)
 
 
-def load(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Split, Split]:
-    """Training (1,200) and validation (597) images; ``seed`` shuffles."""
+def load(
+    seed: int, dtype: torch.dtype = torch.float32, train: int = 1200, valid: int = 597
+) -> tuple[Split, Split]:
+    """Training and validation images, of 1,797 in all; ``seed`` shuffles."""
     digits = load_digits()
     x = torch.tensor(digits.data / 16.0, dtype=dtype)
     y = torch.tensor(digits.target, dtype=torch.int64)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    train, valid = order[:1200], order[1200:]
-    return Split(x[train], y[train]), Split(x[valid], y[valid])
+    chosen, held = order[:train], order[train : train + valid]
+    return Split(x[chosen], y[chosen]), Split(x[held], y[held])
 
 
 def mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -42,6 +44,18 @@ def mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(64, 64), activation(),
         nn.Linear(64, 64), activation(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def plain_cnn() -> nn.Sequential:
+    """Two convolutions, max-pooling, and two linear layers."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(512, 64), nn.ReLU(),
         nn.Linear(64, 10),
     )  # fmt: skip
 
@@ -62,6 +76,7 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
     "mlp": mlp,
     "gelu-mlp": lambda: mlp(nn.GELU),
     "cnn": cnn,
+    "plain-cnn": plain_cnn,
 }
 
 
@@ -77,10 +92,16 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def train(
-    model: nn.Module, data: Split, epochs: int, seed: int, lr: float = 2e-3, batch: int = 64
+    model: nn.Module,
+    data: Split,
+    epochs: int,
+    seed: int,
+    lr: float = 2e-3,
+    batch: int = 64,
+    weight_decay: float = 0.01,
 ) -> None:
     """Plain training, nothing tracked."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):

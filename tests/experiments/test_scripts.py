@@ -47,6 +47,20 @@ def test_a_log_directory_that_cannot_be_written_is_named(tmp_path):
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_loss_jump_is_traced_to_its_step_layer_and_unit():
+    done = run("loss_jump.py", "--steps", "16", "--step", "9")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("planted: step 9, layer 2, unit 5") :]
+    rows = re.findall(r"^(learning rate|one unit) +(\w+) +(\d+) +(\w+) +(\d+)", table, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        (fault, rule) for fault in ("learning rate", "one unit") for rule in ("simpson", "secant")
+    ]
+    assert {row[2:4] for row in rows} == {("9", "2")}
+    assert {row[4] for row in rows if row[0] == "one unit"} == {"5"}
+    done = run("loss_jump.py", "--step", "60")
+    assert done.returncode == 2 and "--step: expected 0 to 59, got 60" in done.stderr
+
+
 @pytest.mark.slow
 def test_faithfulness_reaches_what_the_docs_say():
     done = run("faithfulness.py", "--quick")
