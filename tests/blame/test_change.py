@@ -191,6 +191,12 @@ def test_units_are_what_weights_lead_to():
     assert found.keys() == {"up", "rnn.l0", "fc", "n"}
 
 
+def test_layers_of_a_model_that_is_one_have_names():
+    for model, name in ((nn.LSTM(4, 3), "l0"), (nn.GRUCell(4, 3), "(model)")):
+        shares = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+        assert [*per_unit(model, shares)] == [name]
+
+
 def test_parameters_that_do_not_fit_stand_alone():
     class Odd(nn.Module):
         def __init__(self):
@@ -382,6 +388,23 @@ def move(model):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01
+
+
+def test_parameters_that_come_or_go_are_named():
+    def grown(model):
+        model.extra = nn.Linear(2, 2)
+
+    def shrunk(model):
+        model[0].bias = None
+
+    for alter, name in ((grown, "extra.weight"), (shrunk, "0.bias")):
+        model, x, y = mlp()
+        with (
+            pytest.raises(RuntimeError, match=f"'{name}'.*came, went or changed shape"),
+            LossChange(model, x, y, F.cross_entropy) as change,
+        ):
+            alter(model)
+            change.step()
 
 
 def test_bad_input_is_named():

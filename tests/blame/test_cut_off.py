@@ -46,6 +46,24 @@ def test_a_layer_without_gradient_is_named(between, method):
     assert float(blame["stem"].abs().max()) > 0
 
 
+@pytest.mark.parametrize("layers", [["stem", "head"], "all"], ids=["named", "all"])
+@pytest.mark.parametrize(
+    ("method", "baseline"),
+    [("secant", None), ("secant", "layer"), ("lrp", None), ("conductance", None),
+     ("layer_ig", None), ("internal_influence", None)],
+)  # fmt: skip
+def test_methods_that_allocate_name_it_too(method, baseline, layers):
+    model, x, y = Cut(torch.detach), torch.randn(6, 4), torch.randint(3, (6,))
+    given = dict(layers=layers, baseline=baseline)
+    if layers != "all":
+        with pytest.raises(ValueError, match="'stem': the output moves the loss, but not by a gra"):
+            attribute(model, x, y, F.cross_entropy, method, **given)
+        return
+    with pytest.warns(UserWarning, match="'input', 'stem': the output moves .* Left out"):
+        blame = attribute(model, x, y, F.cross_entropy, method, **given)
+    assert [*blame] == ["head"] and {*blame.expected} <= {"head"}
+
+
 def test_the_step_is_named():
     model, x, y = Cut(torch.floor), 3 * torch.randn(6, 4), torch.randint(3, (6,))
     with pytest.raises(ValueError, match=r"stands between them \(such as floor\)"):
@@ -95,6 +113,22 @@ def test_dead_units_are_zero():
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     blame = attribute(model, x, y, F.cross_entropy, "taylor", layers=["0", "2"])
     assert float(blame["0"].abs().max()) == 0
+
+
+def test_dead_units_beside_a_step_are_zero():
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dead, self.stepped, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([self.dead(x).relu(), self.stepped(x).sign()], 1))
+
+    model = Beside()
+    nn.init.constant_(model.dead.bias, -100.0)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    blame = attribute(model, x, y, F.cross_entropy, "taylor", layers=["dead", "head"])
+    assert float(blame["dead"].abs().max()) == 0
 
 
 def test_a_perfect_batch_is_zero():

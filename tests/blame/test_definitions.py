@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torchbp.nn
 from torchbp.blame.definitions import (
     LossHead,
     check_targets,
     log_odds_blame,
     one_term_reason,
     refuse_coupled,
+    sample_weights,
     squared_error_blame,
 )
 
@@ -80,6 +82,42 @@ def test_containers_of_a_loss_are_cut_into_samples_together():
     coupled = LossHead.of(lambda z, y: (z["a"] - y[0]).square().cumsum(0))
     with pytest.raises(ValueError, match="couples the samples of a batch"):
         refuse_coupled(coupled, z, y, coupled.per_sample(z, y))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 6])
+def test_lists_with_one_thing_per_sample_are_not_taken_apart(samples):
+    z, y = torch.randn(samples, 3), [torch.randn(3) for _ in range(samples)]
+    pairs = LossHead.of(lambda z, y: torch.stack([(a - b).sum() for a, b in zip(z, y)]))  # noqa: B905
+    for targets in (y, {"boxes": y}):
+        given = LossHead.of(lambda z, t: pairs.loss_fn(z, t["boxes"] if isinstance(t, dict) else t))
+        refuse_coupled(given, z, targets, given.per_sample(z, targets))
+
+
+def test_a_loss_of_the_users_own_formula_is_not_taken_for_its_base_class():
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, input, target):
+            loss = F.cross_entropy(input, target, reduction="none")
+            return (loss * (1 - torch.exp(-loss)) ** 2).mean()
+
+    class Named(nn.CrossEntropyLoss):
+        pass
+
+    z, y = torch.randn(6, 4), torch.randint(4, (6,))
+    head = LossHead.of(Focal())
+    assert head.kind == "other" and LossHead.of(Named()).kind == "cross_entropy"
+    assert LossHead.of(torchbp.nn.CrossEntropyLoss()).kind == "cross_entropy"
+    torch.testing.assert_close(head.per_sample(z, y).mean(), Focal()(z, y))
+
+
+def test_weights_of_classes_know_of_ignored_targets():
+    head = LossHead.of(functools.partial(F.cross_entropy, weight=torch.rand(3), ignore_index=255))
+    weights = sample_weights(head, torch.tensor([2, 255, 1]))
+    assert torch.equal(weights[[0, 2]], head.settings["weight"][[2, 1]])
+
+
+def test_cross_entropy_of_a_single_number_is_refused():
+    with pytest.raises(ValueError, match=r"output: cross-entropy expects .* got \(6,\)"):
+        check_targets(LossHead.of(F.cross_entropy), torch.randn(6), torch.zeros(6).long())
 
 
 def test_a_loss_must_return_a_tensor():

@@ -150,6 +150,93 @@ def test_layers_without_a_flow_are_named():
     assert [*flow] == ["head"] and flow.missing == ("layers.0", "layers.1")
 
 
+def test_parametrized_and_bare_weights_are_named_as_missing():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 4))
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+            self.attend, self.head = nn.MultiheadAttention(5, 1), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.normed(x + self.table)[None]
+            return self.head(self.attend(h, h, h)[0][0])
+
+    flow = edge_flow(Bare().eval(), torch.randn(7, 4), torch.arange(7) % 3, F.cross_entropy)
+    assert flow.missing == ("(model)", "normed", "attend")
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.rnn, self.b = nn.Linear(4, 5), nn.LSTM(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(self.rnn(self.a(x))[0])
+
+
+ENDS = nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten()
+BETWEEN = {
+    "a recurrent layer": (Recurrent(), "b", (7, 4)),
+    "a change of the order": (
+        nn.Sequential(nn.Conv2d(2, 4, 1), nn.ChannelShuffle(2), nn.Conv2d(4, 3, 1), nn.Flatten()),
+        "2", (7, 2, 1, 1),
+    ),
+    "another dimension": (
+        nn.Sequential(nn.Conv1d(2, 4, 1), nn.Linear(4, 3), *ENDS), "1", (7, 2, 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_columns_that_are_no_units_of_the_layer_before_have_no_source(name):
+    model, layer, shape = BETWEEN[name]
+    flow = edge_flow(model.eval(), torch.randn(shape), torch.randint(3, (7,)), F.cross_entropy)
+    assert flow[layer].source is None
+
+
+def test_a_model_that_is_a_linear_layer_and_a_layer_that_is_called_input():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.input(x))
+
+    x, y = torch.randn(7, 4).double(), torch.randint(3, (7,))
+    for model in (nn.Linear(4, 3).double(), Named().double()):
+        for method in ("taylor", "secant"):
+            flow = edge_flow(model, x, y, F.cross_entropy, method)
+            units = torchbp.attribute(model, x, y, F.cross_entropy, method, layers="all")
+            assert len(flow) == len([*model.modules()]) - isinstance(model, Named)
+            source = "(input)" if isinstance(model, Named) else "input"
+            assert flow[next(iter(flow))].source == source
+            for name, layer in flow.items():
+                close(layer.arriving, units.per_unit(name))
+            assert flow.prune(2).nodes()
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_named_as_missing():
+    class Tripled(nn.Linear):
+        def forward(self, input):
+            return F.linear(input, 3 * self.weight, self.bias)
+
+    model = nn.Sequential(Tripled(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    flow = edge_flow(model, torch.randn(7, 4), torch.randint(3, (7,)), F.cross_entropy)
+    assert [*flow] == ["2"] and flow.missing == ("0",)
+
+
+def test_edges_of_half_precision_are_summed_in_single():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).bfloat16().eval()
+    x, y = torch.randn(500, 40).bfloat16(), torch.randint(3, (500,))
+    flow = edge_flow(model, x, y, F.cross_entropy)
+    assert flow["0"].edges.dtype == flow["0"].bias.dtype == torch.float32
+    units = torchbp.attribute(model, x, y, F.cross_entropy, "taylor", layers="all").per_unit("0")
+    assert float((flow["0"].arriving - units).abs().max()) < 2e-3 * float(units.abs().max())
+
+
 @pytest.mark.parametrize("method", ["taylor", "secant"])
 def test_nothing_of_the_users_changes(method):
     model, x, y = network()
@@ -166,6 +253,8 @@ def test_bad_input_is_named():
     ok = (model, x, y, F.cross_entropy)
     with pytest.raises(ValueError, match="method: expected 'taylor' or 'secant', got 'lrp'"):
         edge_flow(*ok, method="lrp")
+    with pytest.raises(FloatingPointError, match="layer '0': its edges hold NaN"):
+        edge_flow(model, torch.full_like(x, torch.nan), y, F.cross_entropy)
     with pytest.raises(ValueError, match="baseline: method 'taylor'"):
         edge_flow(*ok, baseline=x)
     with pytest.raises(ValueError, match="baseline: expected inputs"):

@@ -104,6 +104,22 @@ def test_shares_of_a_step_sum_to_its_first_order_effect(reduction):
     torch.testing.assert_close(share.sum(), change, rtol=1e-4, atol=0)
 
 
+def test_outputs_of_a_class_of_the_users_are_taken():
+    class Boxed(nn.Sequential):
+        def forward(self, x):
+            return type("Box", (), {"logits": super().forward(x)})
+
+    model, x, y = mlp()
+    share = [
+        InRunInfluence(m, (x[4:], y[4:]), loss_fn).step(x[:4], y[:4], range(4), 0.1)
+        for m, loss_fn in (
+            (model, F.cross_entropy),
+            (Boxed(*model), lambda o, y: F.cross_entropy(o.logits, y, reduction="none")),
+        )
+    ]
+    close(*share)
+
+
 @pytest.mark.parametrize("make", SAMPLE_MODELS.values(), ids=SAMPLE_MODELS.keys())
 def test_shares_equal_a_loop_over_samples(make):
     model, x, y = make()

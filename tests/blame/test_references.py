@@ -278,3 +278,34 @@ def test_classes_of_integers_are_measured_against_zero_embeddings_too() -> None:
     places = model.place(torch.arange(6)).expand(3, -1, -1)
     expected = CE(model.rest(places), y, reduction="none")
     torch.testing.assert_close(found.reference_losses.flatten(), expected.sum(1).detach())
+
+
+class Masked(nn.Module):
+    """Tokens, and integers that say which of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.word(ids) * mask[..., None]).mean(1).tanh())
+
+
+@pytest.mark.parametrize("method", ["conductance", "internal_influence"])
+def test_a_baseline_that_integers_jump_to_is_refused(method: str) -> None:
+    mask = torch.ones(6, 5).long()
+    mask[:, 3:] = 0
+    given = dict(ids=torch.randint(9, (6, 5)), mask=mask)
+    model, y = Masked().double(), torch.randint(3, (6,))
+    with pytest.raises(ValueError, match=r"no path leads to this baseline"):
+        attribute(model, given, y, CE, method, ["head"], baseline={"mask": 1})
+    blame = attribute(model, given, y, CE, method, ["head"], baseline={"ids": 2}, n_steps=200)
+    assert max(blame.residual.values(), default=0.0) < 0.01
+
+
+@pytest.mark.parametrize("baseline", [0.7, torch.tensor([1.0, 1.5, 0.0, 0.0, 0.0])])
+def test_a_baseline_between_two_tokens_is_refused(baseline: float | Tensor) -> None:
+    model, ids = Tokens(nn.Linear(4, 3), 9, 5, 4).double(), torch.randint(9, (6, 5))
+    with pytest.raises(ValueError, match=r"baseline: expected integers \(torch.int64\)"):
+        attribute(model, ids, ids % 3, lambda z, t: CE(z.mT, t), "secant", baseline=baseline)
+    attribute(model, ids, ids % 3, lambda z, t: CE(z.mT, t), "secant", ["word"], baseline=2.0)

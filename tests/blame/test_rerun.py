@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import MODELS, residual
 from torch import nn
 
+from torchbp import attribute
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.problem import Point, Problem
 from torchbp.blame.rerun import rerun
@@ -235,3 +236,86 @@ def test_a_layer_that_is_skipped_the_second_time_is_named():
         call = problem.run().calls["once"]
         with pytest.raises(RuntimeError, match=r"layer 'once' was called .* control"):
             rerun(problem, "once", call)(call.output, 1)
+
+
+class Gated(nn.Module):
+    """Takes what does not run over samples first, or only by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x, state=None, mask=None, more=None):
+        x = x if more is None else x + more["bias"][:, None]
+        h = self.rnn(x, state)[0]
+        return self.head((h if mask is None else mask @ h).sum(1).tanh())
+
+
+def asserted(z, t):
+    assert len(z) == 6
+    return F.cross_entropy(z, t, reduction="none")
+
+
+def awkward():
+    """Inputs, targets and losses that cannot, or not simply, be held several times by one pass."""
+    x, y = torch.randn(6, 6, 4).double(), torch.randint(3, (6,))
+    weight, many = torch.rand(6).double(), [*F.one_hot(y, 3).double()]
+    yield "state", dict(x=x, state=torch.randn(1, 6, 5).double()), y, F.cross_entropy
+    yield "square mask", dict(x=x, mask=torch.rand(6, 6).double()), y, F.cross_entropy
+    yield "nested", (x, None, None, {"bias": torch.randn(6, 4).double()}), y, F.cross_entropy
+    yield "weights", (x,), y, lambda z, t: F.cross_entropy(z, t, reduction="none") * weight
+    yield (
+        "list", (x,), many,
+        lambda z, t: torch.stack([(a - b).square().sum() for a, b in zip(z, t, strict=False)]),
+    )  # fmt: skip
+    yield "asserted", (x,), y, asserted
+    yield "weighted", (x,), torch.stack(many), nn.BCEWithLogitsLoss(weight=weight[:, None])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "loss_fn"), [c[1:] for c in awkward()], ids=[c[0] for c in awkward()]
+)
+def test_what_one_pass_cannot_hold_twice_is_run_once_each(inputs, targets, loss_fn):
+    model = Gated().double()
+    blame = attribute(model, inputs, targets, loss_fn, "ablation", ["rnn"])
+    alone = attribute(model, inputs, targets, loss_fn, "ablation", ["rnn"], memory=1)
+    torch.testing.assert_close(blame["rnn"], alone["rnn"])
+    for method, options in (
+        ("conductance", {"n_steps": 300}), ("layer_ig", {"n_steps": 30}),
+        ("shapley", {"n_permutations": 2}),
+    ):  # fmt: skip
+        found = attribute(model, inputs, targets, loss_fn, method, ["rnn"], **options)
+        assert max(found.residual.values(), default=0.0) < 0.05
+    found = attribute(model, inputs, targets, loss_fn, "logits", ["head"])
+    torch.testing.assert_close(
+        found["head"], attribute(model, inputs, targets, loss_fn, "ablation", ["head"])["head"]
+    )
+
+
+class WritesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.stem(x.mul_(2).sub_(0.5)).tanh())
+
+
+class LeavesItsInput(WritesItsInput):
+    def forward(self, x):
+        return self.head(self.stem(x * 2 - 0.5).tanh())
+
+
+@pytest.mark.parametrize(
+    ("method", "baseline"), [("ablation", None), ("layer_ig", None), ("secant", "layer")]
+)
+def test_a_model_may_write_into_its_input(method, baseline):
+    writes, leaves = WritesItsInput().double(), LeavesItsInput().double()
+    leaves.load_state_dict(writes.state_dict())
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    given = dict(layers=["input", "stem"], baseline=baseline)
+    found, expected = (
+        attribute(m, x, y, F.cross_entropy, method, **given) for m in (writes, leaves)
+    )
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])

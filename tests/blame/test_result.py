@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,3 +186,34 @@ def test_nothing_to_check_is_said():
     model, x, y = mlp()
     with pytest.raises(ValueError, match="check: method 'taylor' answers removal"):
         attribute(model, x, y, F.cross_entropy, "taylor").check()
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_ignored_targets_are_of_no_class(ignored):
+    model, x, y = mlp()
+    y[:4] = ignored
+    loss_fn = functools.partial(F.cross_entropy, ignore_index=ignored)
+    blame = attribute(model, x, y, loss_fn, "taylor")
+    rest = attribute(model, x[4:], y[4:], F.cross_entropy, "taylor")
+    torch.testing.assert_close(blame.per_class("1"), rest.per_class("1"))
+    assert blame.confusions().rows == rest.confusions().rows
+    attribute(model, x, y, loss_fn, "logits", rivals=1)
+
+
+@pytest.mark.parametrize("first", ["word", "place"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_embedding_of_the_tokens_is_found_whatever_comes_first(first, samples):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(first, nn.Embedding(9, 4))
+            self.add_module("place" if first == "word" else "word", nn.Embedding(9, 4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, tokens):
+            places = torch.arange(tokens.shape[1])[None]
+            return self.head((self.place(places) + self.word(tokens)).tanh().mean(1))
+
+    tokens, y = torch.randint(9, (samples, 5)), torch.randint(3, (samples,))
+    blame = attribute(Tokens(), tokens, y, F.cross_entropy, "taylor", of="inputs")
+    assert [*blame] == ["word"] and blame["word"].shape == (samples, 5)

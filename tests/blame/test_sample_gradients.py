@@ -242,6 +242,115 @@ def test_parameters_changed_since_are_noticed():
             list(found.tiles(parameter))
 
 
+class Reordered(nn.Module):
+    """A model that puts the samples of its batch into another order, and back."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.there, self.back = there, back
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.back(self.first(self.there(x)).tanh(), x))
+
+
+REORDERED = {
+    # Samples 0 and 1 stay where they are: two of them alone show nothing.
+    "by value": (lambda x: x[x[:, 0].argsort()], lambda h, x: h[x[:, 0].argsort().argsort()]),
+    "by two": (lambda x: x.roll(2, 0), lambda h, x: h.roll(-2, 0)),
+    "by slices": (lambda x: torch.cat([x[1:], x[:1]]), lambda h, x: torch.cat([h[-1:], h[:-1]])),
+    "flipped": (lambda x: x.flip(0), lambda h, x: h.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_samples_in_another_order_keep_their_gradients(name):
+    torch.manual_seed(0)
+    model = Reordered(*REORDERED[name]).double().eval()
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    x[:, 0] = torch.tensor([0.0, 1.0, 4.0, 3.0, 5.0, 2.0])
+    _, expected = definition(model, x, y)
+    found = sample_gradients(model, x, y, F.cross_entropy)
+    assert not found.coupled and "last.weight" not in found.one_by_one
+    for parameter, g in expected.items():
+        close(torch.cat([tile for _, tile in found.tiles(parameter)]), g)
+
+
+def test_sequences_sorted_before_a_recurrent_layer_keep_their_gradients():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            order = x[:, 0, 0].argsort()
+            return self.head(self.rnn(x[order].transpose(0, 1))[0][-1][order.argsort()])
+
+    model = Sorted().double().eval()
+    x, y = torch.randn(6, 7, 4).double(), torch.randint(3, (6,))
+    x[:, 0, 0] = torch.tensor([0.0, 1.0, 4.0, 3.0, 5.0, 2.0])  # samples 0 and 1 stay
+    _, expected = definition(model, x, y)
+    found = sample_gradients(model, x, y, F.cross_entropy)
+    for parameter, g in expected.items():
+        close(torch.cat([tile for _, tile in found.tiles(parameter)]), g)
+
+
+def test_picking_from_every_sample_leaves_the_closed_forms():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x, length):
+            return self.head(self.rnn(x)[0][torch.arange(len(x)), length - 1])
+
+    model = Last().double().eval()
+    x, y = torch.randn(6, 7, 4).double(), torch.randint(3, (6,))
+    found = sample_gradients(model, (x, torch.randint(1, 8, (6,))), y, F.cross_entropy)
+    assert not found.one_by_one
+
+
+@pytest.mark.parametrize("error", [KeyError, ZeroDivisionError, RuntimeError])
+def test_a_model_that_takes_no_other_batch_goes_one_by_one(error):
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            if len(x) != 5:
+                raise error("expected 5 samples")
+            return super().forward(x)
+
+    model, x, y = Fixed(4, 3).double().eval(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    found = sample_gradients(model, x, y, F.cross_entropy)
+    assert found.one_by_one == ("weight", "bias")
+    each, expected = definition(model, x, y)
+    close(found.losses, each)
+    close(torch.cat([tile for _, tile in found.tiles("weight")]), expected["weight"])
+    with pytest.raises(error, match="expected 5 samples"):  # its own error is not hidden
+        sample_gradients(model, x[:4], y[:4], F.cross_entropy)
+    model.train()
+    with pytest.raises(RuntimeError, match="mode have changed since"):
+        found.total("weight")
+
+
+def test_tokens_overwritten_since_do_not_count():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    tokens, y = torch.randint(1, 7, (6, 3)), torch.randint(3, (6,))
+    found = sample_gradients(model, tokens, y, F.cross_entropy)
+    before = found.total("0.weight").clone()
+    tokens.zero_()
+    close(found.total("0.weight"), before)
+
+
+def test_a_table_that_shortens_its_rows_does_so_to_a_copy():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(12, 3))
+    tokens, y = torch.randint(7, (6, 3)), torch.randint(3, (6,))
+    before = fingerprint(model, tokens)
+    total = sample_gradients(model, tokens, y, F.cross_entropy).total("0.weight")
+    torchbp.attribute(model, tokens, y, F.cross_entropy)
+    assert same(before, fingerprint(model, tokens))
+    _, expected = definition(model, tokens, y)
+    torch.testing.assert_close(total, expected["0.weight"].sum(0))
+
+
 def test_bad_input_is_named():
     model, x, y = case("linear 2-D")
     ok = (model, x, y, F.cross_entropy)

@@ -69,6 +69,22 @@ def test_class_scores_by_their_definition():
     assert 3 not in [row[0] for row in blame.suspects(9, by="margin")]
 
 
+@pytest.mark.parametrize("ignored", [0, 255, -100])
+def test_samples_that_the_loss_ignores_have_no_class_scores(ignored):
+    model, x, y = mlp()
+    plain = sample_blame(model, x, y, F.cross_entropy)
+    counted = y != ignored
+    y = y.clone()
+    y[1], counted[1] = ignored, False
+    loss_fn = partial(F.cross_entropy, ignore_index=ignored)
+    found = sample_blame(model, x, y, loss_fn, class_names=NAMES)
+    for name in ("el2n", "margin"):
+        assert torch.equal(found[name].isnan(), ~counted)
+        close(found[name][counted], plain[name][counted])
+    blame = attribute(model, x, y, loss_fn, class_names=NAMES)
+    assert len(drivers(blame, next(iter(blame)), 0, len(y)).rows) == len(y)
+
+
 def test_soft_targets_have_an_error_but_no_margin():
     model, x, _ = mlp()
     soft = torch.rand(9, 4, dtype=torch.float64).softmax(1)

@@ -86,6 +86,22 @@ def test_tables_name_tokens(problem):
     assert value == pytest.approx(float(found.matrix[1].max()))
 
 
+@pytest.mark.parametrize("method", ["taylor", "secant"])
+def test_one_call_of_a_layer_that_runs_twice_is_named_by_number(method):
+    act = nn.Tanh()
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), act, nn.Conv1d(3, 3, 3, padding=1), act).double()
+    x, y = torch.randn(4, 2, 5).double(), torch.randint(3, (4, 5))
+    args = model.eval(), x, y, F.cross_entropy
+    units = attribute(*args, method=method, layers=["1"], of="positions")
+    for call, name in (("1#1", "1"), ("1#2", "1#2")):
+        found = attribute(*args, of="tokens", layer=call, method=method)
+        assert found.layer == name
+        torch.testing.assert_close(found.matrix.sum(1), units[name])
+    for wrong in ("1", "1#3", act):
+        with pytest.raises(ValueError, match=r"'1' is called 2 times; expected .*'1#1' to '1#2'"):
+            attribute(*args, of="tokens", layer=wrong, method=method)
+
+
 def test_bad_arguments(problem):
     model, tokens, targets = problem
     with pytest.raises(ValueError, match=r"one loss per sample and position, \[N, T\]"):

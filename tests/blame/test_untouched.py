@@ -125,6 +125,23 @@ def test_a_failing_loss_changes_nothing():
         assert same(before, fingerprint(model, x))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_in_containers_stay_as_they_are(method):
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x, more):
+            return self.head(self.stem(x + more["shift"].mul_(2)).tanh())
+
+    x, shift, y = torch.randn(6, 4), torch.randn(6, 4), torch.randint(3, (6,))
+    kept = shift.clone()
+    options = QUICK.get(method, {})
+    attribute(Shifted(), (x, {"shift": shift}), y, F.cross_entropy, method, ["stem"], **options)
+    assert torch.equal(shift, kept)
+
+
 def test_training_mode_is_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 3))
     with pytest.warns(UserWarning, match=r"1 \(Dropout\)"):

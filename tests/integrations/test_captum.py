@@ -143,6 +143,32 @@ def test_further_arguments_stay_what_they_are():
     assert secant.shape == (6, 5) and delta.abs().max() < 1e-12
 
 
+def test_modules_keep_their_modes_and_layers_may_take_keywords():
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](input=self[1](self[0](x)).tanh())
+
+    torch.manual_seed(0)
+    model = Named(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    model[1].eval()  # frozen, in a model that trains
+    x = torch.randn(6, 4).double()
+    into = ours.LayerBlame(model, model[2], method="taylor")
+    found = into.attribute(x, target=1, attribute_to_layer_input=True)
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    hidden = model[1](model[0](x)).tanh()
+    torch.testing.assert_close(found, hidden * model[2].weight[1])
+
+
+def test_a_module_called_input_is_not_the_input():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("input", nn.Linear(4, 5))
+    model.add_module("head", nn.Linear(5, 3))
+    x = torch.randn(6, 4)
+    found = ours.Taylor(model).attribute(x, target=1)
+    torch.testing.assert_close(found, theirs.InputXGradient(model).attribute(x, target=1))
+
+
 def test_one_sweep_serves_a_list_of_layers():
     model, x, y = cnn()
     passes = []
@@ -199,6 +225,7 @@ def test_several_inputs_come_back_as_they_went_in():
     conductance = ours.Conductance(model)
     found, delta = conductance.attribute((left, right), target=1, return_convergence_delta=True)
     assert [a.shape for a in found] == [left.shape, right.shape]
+    assert len(conductance.attribute([left, right], target=1)) == 2
     total = found[0].sum(1) + found[1].sum(1)
     start = torch.zeros_like(left), torch.zeros_like(right)
     change = (model(left, right) - model(*start))[:, 1].detach()
@@ -306,6 +333,7 @@ def test_importing_twice_enters_a_drop_in_once():
     ("target", "error", "text"),
     [
         ("cat", TypeError, "target: expected an integer, .* got str"),
+        ([1.5] * 7, TypeError, "target: expected integers as indices, got floating"),
         ([1, 2], ValueError, "target: expected one for each of 7 samples, got 2"),
         ((1, 2), ValueError, r"target: expected 1 indices per sample, .*\(7, 5\).* got 2"),
         (None, ValueError, r"target: expected 1 indices per sample, .*\(7, 5\).* got 0"),

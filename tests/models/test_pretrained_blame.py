@@ -95,6 +95,7 @@ def test_words_are_blamed_for_wrong_similarities(sentences):
 
 def test_units_of_the_transformer_answer_to_every_method_for_one_output(sentences):
     model, inputs, targets, _ = sentences
+    inputs, targets = tuple(v[:2] for v in inputs), targets[:2]  # 1,536 units, silenced one by one
     layer = "body.encoder.layer.2.intermediate.intermediate_act_fn"
     exact = attribute(model, inputs, targets, F.mse_loss, "ablation", layers=[layer])
     blame = attribute(model, inputs, targets, F.mse_loss, "link", layers=[layer])

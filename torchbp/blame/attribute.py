@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchbp.blame.arguments import as_arguments
-from torchbp.blame.capture import INPUT, Call, Of, player_shape, unknown
+from torchbp.blame.capture import Call, Of, input_name, player_shape, unknown
 from torchbp.blame.classes import ClassBlame, class_blame
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.methods import METHODS
 from torchbp.blame.problem import Problem, Run
+from torchbp.blame.rerun import repeat_samples
 from torchbp.blame.result import Blame
 from torchbp.blame.samples import SampleBlame, sample_blame
 from torchbp.blame.tokens import TokenBlame, token_blame
@@ -110,8 +112,9 @@ def attribute(
         targets: as ``loss_fn`` takes them.
         loss_fn: ``loss_fn(output, targets)``, with any reduction; blame is of the un-averaged loss.
         method: one of :data:`torchbp.blame.methods.METHODS`; ``"secant"`` if ``None``.
-        layers: names (as ``model.named_modules()`` gives them) or modules; ``"all"`` for the input
-            and every module that computes; ``None`` for the hidden units of each cut: activations,
+        layers: names (as ``model.named_modules()`` gives them) or modules; ``"input"`` for the
+            model's input (``"(input)"`` if a module has that name); ``"all"`` for the input and
+            every module that computes; ``None`` for the hidden units of each cut: activations,
             and layers that no activation or norm follows, without the model's output.
         baseline: what blame is measured against; see docs/blame.md. ``None`` is zero: a zero input
             for methods that allocate, zero activations for methods that remove.
@@ -162,10 +165,10 @@ def attribute(
         raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
     _refuse_unknown(f"method {method!r}", options, chosen.options)
     args, kwargs = as_arguments(inputs)
+    head = LossHead.of(loss_fn)
     players: Any = of
     if of == "inputs":
-        layers, players = _input_layers(model, (*args, *kwargs.values()), layers)
-    head = LossHead.of(loss_fn)
+        layers, players = _input_layers(Problem(model, args, kwargs, targets, head), layers)
     problem = Problem(
         model, args, kwargs, targets, head, layers, baseline, n_steps, players, options
     )
@@ -197,23 +200,48 @@ def _refuse_unknown(who: str, options: Mapping[str, Any], known: Sequence[str]) 
             raise TypeError(f"attribute: {who} has no option {name!r} (has: {takes})")
 
 
-def _input_layers(
-    model: nn.Module, inputs: Sequence[Any], layers: Any
-) -> tuple[list[str | nn.Module], Of]:
+def _input_layers(problem: Problem, layers: Any) -> tuple[list[str | nn.Module], Of]:
     """The layers at which a model's input can be blamed, and its players there."""
     if layers is not None:
         raise ValueError(f"layers: of='inputs' names the layers itself, got {layers!r}")
-    if any(isinstance(v, Tensor) and v.is_floating_point() for v in inputs):
-        return [INPUT], "elements"
-    tables: list[str | nn.Module] = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-    ]
+    model = problem.model
+    inputs = [v for v in (*problem.args, *problem.kwargs.values()) if isinstance(v, Tensor)]
+    if any(v.is_floating_point() for v in inputs):
+        return [input_name(model)], "elements"
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if not tables:
         raise ValueError(
             "of='inputs': the inputs are integers and the model has no torch.nn.Embedding that "
             "takes them; name the layer whose positions stand for the tokens, with of='positions'"
         )
-    return tables[:1], "positions"
+    fed = [] if len(tables) == 1 else _fed(problem, inputs, tables)
+    return [*fed, *tables][:1], "positions"
+
+
+def _fed(problem: Problem, inputs: Sequence[Tensor], tables: Mapping[str, nn.Module]) -> list[str]:
+    """The embeddings that are given an input of the model as it came, in the order of their calls.
+
+    Others look up positions, say, and may be first among the model's modules.
+    """
+    found: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if any(isinstance(g, Tensor) and torch.equal(g, v) for g in given for v in inputs):
+                found.append(name)
+
+        return hook
+
+    handles = [table.register_forward_pre_hook(note(name)) for name, table in tables.items()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of training mode; the method says so
+            with problem.session(), torch.no_grad():
+                problem.call(*repeat_samples((problem.args, problem.kwargs), 0, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _shape(call: Call, of: Of) -> tuple[int, ...]:

@@ -43,6 +43,11 @@ NO_LAYER = (
 )
 
 
+def input_name(model: nn.Module) -> str:
+    """What the model's input is called among its layers: unlike any of its modules."""
+    return INPUT if INPUT not in dict(model.named_modules()) else f"({INPUT})"
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is one of torch.nn's elementwise activations."""
     return any(c.__module__ == "torch.nn.modules.activation" for c in type(module).__mro__) and (
@@ -88,7 +93,7 @@ def named_layers(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[st
             layer = names[id(layer)]
         elif not isinstance(layer, str):
             raise TypeError(f"layers: expected names or modules, got {type(layer).__name__}")
-        elif layer not in modules and layer != INPUT:
+        elif layer not in modules and layer != input_name(model):
             raise ValueError(unknown("layers", layer, [*modules][1:]))
         if layer in found:
             raise ValueError(f"layers: {layer!r} is given twice")
@@ -181,6 +186,7 @@ class Call:
     source: int | None = None  # the call (by position) whose output is this one's input
     version: int = 0
     alone: bool = True  # whether the module returned this tensor and nothing else
+    is_input: bool = False  # of the model, whatever a module of it is called
 
     @property
     def changed(self) -> bool:
@@ -218,8 +224,7 @@ class Capture:
             self._handles.append(module.register_forward_pre_hook(self._enter(name)))
             self._handles.append(module.register_forward_hook(self._leave))
         for name, module in self.modules.items():
-            if name != INPUT:
-                self._handles.append(module.register_forward_hook(self._record(name)))
+            self._handles.append(module.register_forward_hook(self._record(name)))
         return self
 
     def __exit__(
@@ -256,7 +261,8 @@ class Capture:
 
     def record_input(self, model: nn.Module, leaf: Tensor, passed: Tensor) -> None:
         """Enter the model's input as the first cut; ``passed`` is what the model receives."""
-        self.calls.append(Call(INPUT, model, leaf, unit_dim(model, leaf, None)))
+        name, dim = input_name(model), unit_dim(model, leaf, None)
+        self.calls.append(Call(name, model, leaf, dim, is_input=True))
         self.passes(passed)
 
     def record(self, name: str, module: nn.Module, args: Any, output: Any, value: Tensor) -> Any:
@@ -305,6 +311,11 @@ def _shapes_units(module: nn.Module) -> bool:
     return is_activation(module) or isinstance(module, _NORMS)
 
 
+def passes_units(module: nn.Module) -> bool:
+    """Whether what a module returns are the units it was given: activations, norms, pooling."""
+    return _shapes_units(module) or isinstance(module, _NO_UNITS)
+
+
 def unit_calls(calls: Sequence[Call]) -> list[Call]:
     """The calls whose outputs are units: by default one per cut.
 
@@ -314,7 +325,7 @@ def unit_calls(calls: Sequence[Call]) -> list[Call]:
     """
     kept = []
     for call in calls:
-        if call.name == INPUT or isinstance(call.module, _NO_UNITS):
+        if call.is_input or isinstance(call.module, _NO_UNITS):
             continue
         if next(call.module.parameters(), None) is None and not _shapes_units(call.module):
             continue

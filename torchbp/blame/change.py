@@ -123,7 +123,8 @@ class LossChange:
         """Settle the step of the optimizer that was just taken.
 
         Raises:
-            RuntimeError: outside the ``with`` block.
+            RuntimeError: outside the ``with`` block, or if parameters or buffers came, went or
+                changed shape since the step before.
             NotImplementedError: with ``"secant"``, naming a function that has no rule.
         """
         if self._last is None:
@@ -138,6 +139,7 @@ class LossChange:
         assert self._last is not None
         parameters, buffers, before = self._last
         new, new_buffers = snapshot(self.model)
+        _refuse_others({**parameters, **buffers}, {**new, **new_buffers})
         after = self._probe.loss({**new, **new_buffers})
         self._last, self._settled = (new, new_buffers, after), self._count
         if not (math.isfinite(before) and math.isfinite(after)):
@@ -314,6 +316,20 @@ def integrate(
         # Every point is used again: the next trapezoid rule has the old points and the new ones.
         trapezoid = {name: (t + middle[name]) / 2 for name, t in trapezoid.items()}
         n *= 2
+
+
+def _refuse_others(before: Shares, after: Shares) -> None:
+    """Refuse to compare states of different tensors."""
+    odd = [
+        name
+        for name in {**before, **after}
+        if name not in before or name not in after or before[name].shape != after[name].shape
+    ]
+    if odd:
+        raise RuntimeError(
+            f"LossChange: {', '.join(map(repr, odd[:3]))} {'and others ' * (len(odd) > 3)}came, "
+            "went or changed shape since the step before; begin a new LossChange"
+        )
 
 
 def _eps(tensors: Shares) -> float:

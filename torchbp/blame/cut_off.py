@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ def without_cut_off(problem: Problem, run: Run, errors: dict[str, Tensor]) -> di
     quiet = _all_zero(errors)
     if not quiet:
         return errors
-    reached, steps = _graph(run.losses)
+    reached = _behind([run.losses.grad_fn])
+    stepping = [node for node in reached if node.name() in _STEPS]
+    steps, below = {_STEPS[node.name()] for node in stepping}, _behind(stepping)
     cut = [
         name
         for name in quiet
-        if (steps or not _is_reached(run.calls[name], reached))
+        if (_is_among(run.calls[name], below) or not _is_among(run.calls[name], reached))
         and _moves_the_loss(problem, name, run.calls[name])
     ]
     if not cut:
@@ -67,23 +70,27 @@ def _all_zero(errors: dict[str, Tensor]) -> list[str]:
     return [name for name, any_ in zip(errors, some, strict=True) if not any_]
 
 
-def _graph(losses: Tensor) -> tuple[set[int], set[str]]:
-    """Nodes and leaves that lead to the losses, by identity, and the step functions among them."""
-    reached, steps, seen, stack = set(), set(), set(), [losses.grad_fn]
+def _behind(nodes: Iterable[Any]) -> set[Any]:
+    """Autograd's nodes that lead to some nodes, and those themselves.
+
+    Held as objects, for the identity of one that nobody holds is given to others.
+    """
+    seen: set[Any] = set()
+    stack = [*nodes]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        reached |= {id(node), id(getattr(node, "variable", None))}
-        if node.name() in _STEPS:
-            steps.add(_STEPS[node.name()])
-        stack.extend(following for following, _ in node.next_functions)
-    return reached, steps
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return seen
 
 
-def _is_reached(call: Call, reached: set[int]) -> bool:
-    return id(call.output.grad_fn or call.output) in reached
+def _is_among(call: Call, nodes: set[Any]) -> bool:
+    """Whether one of the nodes is that of the call's output."""
+    output = call.output
+    if output.grad_fn is not None:
+        return output.grad_fn in nodes
+    return any(getattr(node, "variable", None) is output for node in nodes)
 
 
 def _far_off(activation: Tensor) -> Iterator[Tensor]:

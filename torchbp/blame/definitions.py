@@ -34,6 +34,8 @@ _MODULES: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.MSELoss, "mse"),
     (nn.BCEWithLogitsLoss, "bce"),
 )
+#: Modules whose losses are what their names say.
+_HOMES = ("torch.nn.functional", "torch.nn.modules.loss", "torchbp")
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ class LossHead:
             if isinstance(loss_fn, module):
                 bare = copy.copy(loss_fn)
                 bare.reduction = "none"  # type: ignore[assignment]
+                if not type(loss_fn).forward.__module__.startswith(_HOMES):
+                    return LossHead(loss_fn, "other", bare, {})  # a user's own formula
                 names = ("weight", "pos_weight", "ignore_index", "label_smoothing")
                 found = {n: getattr(loss_fn, n) for n in names if hasattr(loss_fn, n)}
                 return LossHead(loss_fn, kind, bare, found)
         function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
         settings = dict(loss_fn.keywords) if isinstance(loss_fn, functools.partial) else {}
         home = getattr(function, "__module__", "") or ""
-        known = home.startswith(("torch.nn.functional", "torchbp"))
+        known = home.startswith(_HOMES)
         family: Kind = _FUNCTIONS.get(getattr(function, "__name__", ""), "other")
         elementwise = None
         if _accepts_reduction(function):
@@ -140,7 +144,8 @@ def refuse_coupled(head: LossHead, output: Any, targets: Any, losses: Tensor) ->
 
     Half the samples, picked at random, are evaluated by themselves. Losses that torchbp knows are
     exempt, scalars are compared by :meth:`LossHead.per_sample`, and what cannot be cut into samples
-    (weights of a batch that the function keeps to itself) is not compared.
+    (weights of a batch that the function keeps to itself, lists as long as the batch) is not
+    compared.
 
     Args:
         head: the loss.
@@ -152,7 +157,7 @@ def refuse_coupled(head: LossHead, output: Any, targets: Any, losses: Tensor) ->
         ValueError: if losses differ, as contrastive ones do.
     """
     samples = len(losses)
-    if head.kind != "other" or samples < 2:
+    if head.kind != "other" or samples < 2 or any(_lists(v, samples) for v in (output, targets)):
         return
     some = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: samples // 2]
 
@@ -176,6 +181,15 @@ def refuse_coupled(head: LossHead, output: Any, targets: Any, losses: Tensor) ->
             f"the batch alone one of them changes by {float(difference):.3g}. Blame per sample is "
             "not defined for a loss that couples the samples of a batch"
         )
+
+
+def _lists(value: Any, samples: int) -> bool:
+    """Whether a list or tuple in it may hold one thing for every sample."""
+    if isinstance(value, dict):
+        return any(_lists(v, samples) for v in value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return len(value) == samples or any(_lists(v, samples) for v in value)
 
 
 def _accepts_reduction(function: Any) -> bool:
@@ -204,6 +218,11 @@ def check_targets(head: LossHead, output: Any, targets: Any) -> None:
                 f"got {tuple(targets.shape)}"
             )
         return
+    if output.dim() < 2:
+        raise ValueError(
+            f"output: cross-entropy expects [N, C, ...], a number per class, got "
+            f"{tuple(output.shape)}"
+        )
     expected = (*output.shape[:1], *output.shape[2:])
     if targets.shape != torch.Size(expected):
         raise ValueError(f"targets: expected shape {expected}, got {tuple(targets.shape)}")
@@ -219,7 +238,8 @@ def sample_weights(head: LossHead, targets: Tensor) -> Tensor | None:
     weight = head.settings.get("weight")
     if head.kind != "cross_entropy" or weight is None:
         return None
-    return weight[targets.clamp(min=0)]
+    ignored = targets == head.settings.get("ignore_index", -100)
+    return weight[targets.masked_fill(ignored, 0)]
 
 
 def one_term_reason(head: LossHead, output: Any, targets: Any) -> str | None:

@@ -62,8 +62,8 @@ class EdgeFlow(Mapping[str, LayerFlow]):
         flows: the mapping itself.
         method: ``"taylor"`` or ``"secant"``.
         question: what it answers.
-        missing: modules with weights that no flow is given for (embeddings, recurrent layers and
-            attention), by name.
+        missing: modules with weights that no flow is given for (embeddings, recurrent layers,
+            attention, and linear layers with a forward of the user's own), by name.
     """
 
     flows: dict[str, LayerFlow]

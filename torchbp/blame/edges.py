@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchbp.blame.arguments import as_arguments
-from torchbp.blame.capture import INPUT, Call, first_tensor
+from torchbp.blame.capture import Call, first_tensor, passes_units
 from torchbp.blame.definitions import LossHead, Question
 from torchbp.blame.edge_graph import EdgeFlow, LayerFlow, Unit
 from torchbp.blame.methods.base import gradients
 from torchbp.blame.problem import Problem, Run
 from torchbp.blame.reference import reference_path
 from torchbp.blame.tape import SecantTape
+from torchbp.ops.base import wide
 from torchbp.ops.conv_gradients import grad_weight, leading
 
 
@@ -88,6 +89,7 @@ def edge_flow(
         TypeError: if an argument is of the wrong type.
         ValueError: for another method, an empty batch, wrong targets or baseline, a loss that is
             not one per sample, or a model without linear and convolution layers that run.
+        FloatingPointError: if a flow holds NaN or infinity.
         NotImplementedError: for ``secant``, naming a function that has no rule.
     """
     if not isinstance(model, nn.Module):
@@ -106,13 +108,25 @@ def edge_flow(
     if not flows:
         raise ValueError("model: none of its linear and convolution layers has run")
     question: Question = "removal" if method == "taylor" else "allocation"
+    for name, flow in flows.items():
+        if not bool(torch.isfinite(flow.edges).all()):
+            raise FloatingPointError(f"layer {name!r}: its edges hold NaN or infinity")
+    return EdgeFlow(flows, method, question, _missing(problem, flows))
+
+
+def _missing(problem: Problem, flows: Mapping[str, LayerFlow]) -> tuple[str, ...]:
+    """Modules with matrices that no flow is given for."""
     covered = {name.split("#")[0] for name in flows}
-    missing = tuple(
-        name
-        for name, m in problem.wanted.items()
-        if name not in covered and any(p.dim() > 1 for p in m.parameters())
-    )
-    return EdgeFlow(flows, method, question, missing)
+    inside = tuple(f"{name}." for name in problem.wanted if name)
+    found = []
+    for name, module in problem.model.named_modules():
+        # Leaves are named whole; of others, what is theirs alone (parametrized weights, tables).
+        whole = name in problem.wanted
+        if name in covered or (not whole and name.startswith(inside)):
+            continue
+        if any(p.dim() > 1 for p in module.parameters(recurse=whole)):
+            found.append(name.split(".parametrizations.")[0] or "(model)")
+    return tuple(dict.fromkeys(found))
 
 
 def _tangent(problem: Problem) -> dict[str, LayerFlow]:
@@ -152,8 +166,17 @@ def _secant(problem: Problem) -> dict[str, LayerFlow]:
 
 
 def _weighted(run: Run) -> dict[str, Call]:
-    kinds = (nn.Linear, _ConvNd)
-    return {name: call for name, call in run.calls.items() if isinstance(call.module, kinds)}
+    # The model's input stands as a call of the model, which may be a linear layer itself.
+    calls = [(name, call) for name, call in run.calls.items() if not call.is_input]
+    return {name: call for name, call in calls if _is_plain(call.module)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear or convolution layer that does with its weight what those do."""
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        return False
+    home = next(c for c in type(module).__mro__ if "forward" in vars(c)).__module__
+    return home.startswith(("torch.nn.modules.", "torchbp."))
 
 
 def _signals(run: Run) -> dict[str, Tensor]:
@@ -165,7 +188,7 @@ def _signals(run: Run) -> dict[str, Tensor]:
 def _edges(module: nn.Module, error: Tensor, x: Tensor) -> Tensor:
     """``[O, I]``: weight times what the errors and the inputs would have made its gradient."""
     assert isinstance(module, (nn.Linear, _ConvNd))
-    weight = module.weight.detach()
+    error, x, weight = wide(error), wide(x), wide(module.weight.detach())
     if isinstance(module, nn.Linear):
         return weight * (error.reshape(-1, error.shape[-1]).mT @ x.reshape(-1, x.shape[-1]))
     kernel = weight.shape[2:]
@@ -191,9 +214,9 @@ def _spread(blocks: Tensor, groups: int) -> Tensor:
 def _bias(module: nn.Module, error: Tensor) -> Tensor:
     assert isinstance(module, (nn.Linear, _ConvNd))
     units = -1 if isinstance(module, nn.Linear) else 1
-    summed = error.movedim(units, 0).flatten(1).sum(1)
+    summed = wide(error).movedim(units, 0).flatten(1).sum(1)
     bias = module.bias
-    return torch.zeros_like(summed) if bias is None else summed * bias.detach()
+    return torch.zeros_like(summed) if bias is None else summed * wide(bias.detach())
 
 
 def _flow(
@@ -215,20 +238,24 @@ def _source(
     weighted = _weighted(run)
     end = [n for n, _ in calls].index(name)
     x = given[name]
+    rank = x.dim()
+    columns_last = rank == 2 or isinstance(calls[end][1].module, nn.Linear)
     while True:
         for i in range(end - 1, -1, -1):
             before, call = calls[i]
-            if call.output.numel() == x.numel() and torch.equal(
-                call.output.detach().flatten(), x.flatten()
-            ):
+            output = call.output.detach()
+            alike = output.numel() == x.numel() and output.dtype == x.dtype
+            if alike and torch.equal(output.flatten(), x.flatten()):
                 break
         else:
             return None, columns
-        if before in weighted or before.split("#")[0] == INPUT:
+        if before in weighted or call.is_input:
             units = call.output.shape[call.unit_dim]
+            last = call.unit_dim in (-1, call.output.dim() - 1)
+            same = units == columns and last == columns_last
             flattened = before in weighted and call.unit_dim == 1 and columns % units == 0
-            fits = units == columns or flattened
+            fits = same if call.output.dim() == rank else same or flattened
             return (before, units) if fits else (None, columns)
-        if before not in given:
+        if before not in given or not passes_units(call.module):
             return None, columns
         x, end = given[before], i

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def class_name(names: Sequence[str] | None, label: int) -> str:
     """Name of class ``label`` where it is known, else its number."""
-    return str(names[label]) if names is not None and label < len(names) else str(label)
+    return str(names[label]) if names is not None and 0 <= label < len(names) else str(label)
 
 
 def worst_class(per_class: Tensor | None, unit: int) -> int | None:

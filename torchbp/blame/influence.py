@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.frame import class_name
 from torchbp.blame.ledger import SampleLedger, sample_ids
-from torchbp.blame.probe import evaluation, loss_value
+from torchbp.blame.probe import Probe, evaluation, loss_value, snapshot
 from torchbp.blame.sample_gradients import SampleGradients, sample_gradients
 from torchbp.blame.samples import BATCH_SIZE, batches, has_classes, mean_gradient, ranked
 from torchbp.tables import Table
@@ -220,17 +220,26 @@ class InRunInfluence:
             slope = mean_gradient(
                 self.model, self.validation, self._head, gradients.names, self.batch_size
             )
-            share = -self._weight(gradients, targets) * gradients.dot(_scaled(slope, learning_rate))
+            weight = self._weight(gradients, inputs, targets)
+            share = -weight * gradients.dot(_scaled(slope, learning_rate))
         labels = targets if has_classes(targets) else None
         output = gradients.output
         predictions = output.argmax(1) if isinstance(output, Tensor) and output.dim() == 2 else None
         self._ledger.add(ids, gradients.losses, {"influence": share}, labels, predictions)
         return share
 
-    def _weight(self, gradients: SampleGradients, targets: Any) -> float:
+    def _weight(self, gradients: SampleGradients, inputs: Any, targets: Any) -> float:
         """``w``: the factor between the un-averaged losses' sum and the loss that is trained on."""
         total = float(gradients.losses.sum())
-        value = float(loss_value(self._head.loss_fn, gradients.output, targets))
+
+        def loss(output: Any) -> Tensor:
+            return loss_value(self._head.loss_fn, output, targets)
+
+        if gradients.output is None:  # a container that torch does not know
+            parameters, buffers = snapshot(self.model)
+            value = Probe(self.model, inputs, loss).loss({**parameters, **buffers})
+        else:
+            value = float(loss(gradients.output))
         return value / total if total else 1 / len(gradients.losses)
 
     @property

@@ -3,6 +3,7 @@
 Attention works on ``[T, N, E]``, flattened tokens are ``[N T, E]``, and N may equal T or E. Run
 once more with another number of samples, the dimension that changes is the samples'. Where samples
 share it with positions, the errors that one sample's loss sends back tell which rows are its own.
+That the rows are in the batch's order is tested as well: errors must scale as the losses do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor
 
 from torchbp.blame.uses import Use
+from torchbp.ops.base import wide
+from torchbp.ops.recurrent import RecurrentLayer
 from torchbp.ops.sample_factors import Layout
+
+#: How far, relative to the largest element of a row, its error may be from the scaled one.
+_TOLERANCE = 1e-3
 
 
 class UnclearError(Exception):
@@ -61,7 +67,7 @@ def samples_inside(errors: Mapping[int, Tensor | None], dim: int, k: int) -> boo
     for sample, error in errors.items():
         if error is None:
             continue
-        rows = error.movedim(dim, 0).flatten(1).ne(0).any(1).nonzero()[:, 0]
+        rows = error.movedim(dim, 0).reshape(error.shape[dim], -1).ne(0).any(1).nonzero()[:, 0]
         repeats = error.shape[dim] // k
         inside = inside and bool((rows % k == sample).all())
         outside = outside and bool((rows // repeats == sample).all())
@@ -110,26 +116,78 @@ class Pairing:
         found = self.of_output() if position is None else self.of_leaf(position)
         if found is None:
             raise UnclearError
-        dim, repeats = found
+        if position is not None and found[1] != 1:
+            raise UnclearError
+        return self._arranged(*found)
+
+    def _arranged(self, dim: int, repeats: int, which: int = 0) -> Layout:
         if repeats == 1:
             return Layout(dim, self.n)
-        if position is not None:
-            raise UnclearError
-        errors = {sample: self._errors(sample)[self.use.first] for sample in (0, self.k - 1)}
+        at = self.use.first + which
+        errors = {sample: self._errors(sample)[at] for sample in (0, self.k - 1)}
         return Layout(dim, self.n, samples_inside(errors, dim, self.k))
+
+    def follows(
+        self, errors: Sequence[Tensor | None], scaled: Sequence[Tensor | None], scales: Tensor
+    ) -> bool:
+        """Whether the rows at every output are those of the samples, in the batch's order.
+
+        Args:
+            errors: of the sum of all samples' losses, at the use's outputs.
+            scaled: of the same sum with every loss times its scale.
+            scales: ``[N]``.
+
+        Raises:
+            UnclearError: if it cannot be told where an output keeps the samples.
+        """
+        for which, (error, other) in enumerate(zip(errors, scaled, strict=True)):
+            if error is None or other is None or not error.numel():
+                continue
+            rows, others = self._rows(error, which), self._rows(other, which)
+            if rows is None or others is None:
+                continue
+            rows, others = wide(rows), wide(others)
+            gap = (others - rows * scales[:, None]).abs().amax(1)
+            tolerance = _TOLERANCE if error.element_size() >= 4 else 30 * _TOLERANCE
+            if not bool((gap <= tolerance * rows.abs().amax(1)).all()):
+                return False
+        return True
+
+    def _rows(self, error: Tensor, which: int) -> Tensor | None:
+        """``[N, ...]``: an error at an output, cut into what should be the samples' parts."""
+        op = self.use.op
+        if op is not None and issubclass(op, RecurrentLayer):
+            x, _, _, h0, c0, *_ = self.use.leaves
+            states, cells = op.outputs(error, x, h0, c0)
+            rows = self.layout().first(states).reshape(self.n, -1)
+            # Cell states come as (directions, samples, features).
+            return rows if cells is None else torch.cat([rows, *cells.unbind(0)], 1)
+        found = self.of_output(which)
+        if found is None:
+            return None
+        return self._arranged(*found, which).first(error).reshape(self.n, -1)
+
+    def elsewhere(self) -> bool:
+        """Whether the loss of the first sample depends on others' rows and not on its own."""
+        own, others = self._of_first()
+        return others and not own
 
     def couples(self) -> bool:
         """Whether the loss of the first sample depends on other samples' rows here."""
+        return all(self._of_first())
+
+    def _of_first(self) -> tuple[bool, bool]:
+        """Whether the first sample's loss depends on its own row of the output, and on others."""
         try:
             found = self.of_output()
         except UnclearError:
-            return False
+            return False, False
         error = self._errors(0)[self.use.first]
-        if found is None or found[1] != 1 or error is None:
-            return False
-        others = error.narrow(found[0], 1, self.k - 1)
         # NaN and infinity spread to all samples and say nothing.
-        return bool(others.ne(0).any()) and bool(torch.isfinite(error).all())
+        if found is None or found[1] != 1 or error is None or not torch.isfinite(error).all():
+            return False, False
+        own, others = error.split([1, self.k - 1], found[0])
+        return bool(own.ne(0).any()), bool(others.ne(0).any())
 
     def slices(self) -> tuple[dict[int, int], list[int]]:
         """The samples' dimension of every argument that has one, and of every output.

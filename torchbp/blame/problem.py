@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from torchbp.blame.capture import (
     NO_LAYER,
@@ -20,6 +21,7 @@ from torchbp.blame.capture import (
     call_names,
     cuda_devices,
     hidden,
+    input_name,
     leaf_copy,
     leaves,
     named_layers,
@@ -147,7 +149,11 @@ class Problem:
 
     def fresh_state(self) -> dict[str, Tensor]:
         """Detached parameters and copied buffers, by name."""
-        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        written = _renormalised(self.model)
+        parameters = {
+            n: p.detach().clone() if id(p) in written else p.detach()
+            for n, p in self.model.named_parameters()
+        }
         return {**parameters, **{n: b.clone() for n, b in self.model.named_buffers()}}
 
     def call(
@@ -194,10 +200,11 @@ class Problem:
         floating = [i for i, v in enumerate(inputs) if _is_floating(v)]
         watched = {} if mode is None else dict(self.model.named_modules())
         watched.pop("", None)
-        capture = Capture(self.hooked, True, self.protect, watched, point.starts)
+        modules = {n: m for n, m in self.hooked.items() if n != input_name(self.model)}
+        capture = Capture(modules, True, self.protect, watched, point.starts)
         # Where paths begin is told by what requires grad.
         with torch.enable_grad(), capture, _tape(mode, capture):
-            fed = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
+            fed = [*map(_own_copy, inputs)]
             for i in floating:
                 capture.record_input(self.model, inputs[i], fed[i])
             n = len(point.args)
@@ -228,9 +235,10 @@ class Problem:
     def _select(self, calls: list[Call], final: Call | None, samples: int) -> dict[str, Call]:
         names = dict(zip(map(id, calls), call_names(calls), strict=True))
         # Tables of positions, say, are the same for all samples: nobody's share can be told.
-        shared = [c for c in calls if c.output.shape[:1] != (samples,)]
+        # Recurrent layers may run over time there, of as many steps as there are samples.
+        shared = [c for c in calls if c.output.shape[:1] != (samples,) or _is_time_first(c)]
         chosen = hidden(unit_calls(calls), final) if self.layers is None else calls
-        chosen = [c for c in chosen if c.output.shape[:1] == (samples,)]
+        chosen = [c for c in chosen if all(c is not s for s in shared)]
         if not chosen:
             raise ValueError(NO_LAYER)
         wanted = self.layers not in (None, "all")
@@ -248,6 +256,12 @@ class Problem:
                 "not return a floating tensor"
             )
         return found
+
+
+def _renormalised(model: nn.Module) -> set[int]:
+    """Identities of the weights whose rows a look-up shortens in place (``max_norm``)."""
+    tables = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    return {id(m.weight) for m in tables if m.max_norm is not None}
 
 
 def _in_training(model: nn.Module) -> str:
@@ -285,8 +299,19 @@ def _tape(mode: Any, capture: Capture) -> Iterator[None]:
     mode.finish_run()
 
 
+def _own_copy(value: Any) -> Any:
+    """What the model may write into; tensors in containers are constants to it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _is_time_first(call: Call) -> bool:
+    return call.output.dim() == 3 and getattr(call.module, "batch_first", True) is False
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

@@ -124,6 +124,31 @@ def input_path(problem: Problem, given: Any) -> tuple[Point, Point]:
     return replace(start, starts=starts), replace(point, starts=ends)
 
 
+def refuse_jumps(problem: Problem, start: Point, end: Point) -> None:
+    """Refuse a baseline of integers that do more than choose embeddings.
+
+    Along the path of :func:`input_path` they are the input's; at its beginning they become those of
+    the baseline. What else they do there (a mask, a length) no point of the path would show.
+
+    Raises:
+        ValueError: if losses at the reference depend on whose integers these are.
+    """
+    ends = ([*p.args, *p.kwargs.values()] for p in (start, end))
+    pairs = [*zip(*ends, strict=True)]
+    if start.starts is None or all(x0 is x for x0, x in pairs if _is_integer(x)):
+        return
+    fed = [x if _is_integer(x) else x0 for x0, x in pairs]
+    n = len(start.args)
+    keywords = dict(zip(start.kwargs, fed[n:], strict=True))
+    crossing = problem.run(Point(tuple(fed[:n]), keywords, starts=start.starts))
+    if not torch.allclose(problem.run(start).losses, crossing.losses, rtol=1e-3):
+        raise ValueError(
+            "baseline: integer inputs differ from the baseline's not in their embeddings alone (a "
+            "mask, say), and integers have no points between them: no path leads to this baseline. "
+            "Method 'layer_ig' has its paths in the layers"
+        )
+
+
 class _Reach(TorchFunctionMode):
     """Which tensors of a run were computed from some of the inputs' values."""
 
@@ -173,7 +198,11 @@ def _one(name: str, x: Any, x0: Any) -> Any:
         return torch.zeros_like(x) if x.is_floating_point() else x
     if not isinstance(x0, (Tensor, int, float)):
         raise TypeError(f"{name}: expected a tensor or a number, got {type(x0).__name__}")
-    x0 = torch.as_tensor(x0, dtype=x.dtype, device=x.device)
+    given, x0 = x0, torch.as_tensor(x0, dtype=x.dtype, device=x.device)
+    if not x.is_floating_point() and not bool(
+        (x0 == torch.as_tensor(given, device=x.device)).all()
+    ):
+        raise ValueError(f"{name}: expected integers ({x.dtype}) like the input, got {given!r}")
     try:
         return x0.expand_as(x)
     except RuntimeError:

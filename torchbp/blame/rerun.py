@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchbp.blame.capture import INPUT, Call, first_tensor, replace_first
-from torchbp.blame.problem import Point, Problem
+from torchbp.blame.capture import Call, first_tensor, replace_first, training_modules
+from torchbp.blame.problem import Point, Problem, Run
 
 #: ``rest(activation, count)``: the model's output for ``count * N`` rows.
 Rest = Callable[[Tensor, int], Any]
@@ -40,7 +41,7 @@ def rerun(problem: Problem, name: str, call: Call, point: Point | None = None) -
         RuntimeError: (from ``rest``) if this time the layer is not called.
     """
     point = point or problem.point
-    if call.name == INPUT:
+    if call.is_input:
         return _from_input(problem, name, call, point)
     return _from_sequential(problem, call, point) or _from_anywhere(problem, name, call, point)
 
@@ -66,6 +67,48 @@ def losses_again(problem: Problem, output: Any, count: int) -> Tensor:
     return problem.head.per_sample(output, targets).view(count, -1)
 
 
+def loss_can_be_repeated(problem: Problem, run: Run) -> bool:
+    """Whether the loss of two copies of the output are its losses twice.
+
+    Not where the loss keeps something of this batch to itself, as weights of its samples, or takes
+    a list with one thing for each.
+    """
+    if problem.head.kind == "cross_entropy":
+        return True
+    return _twice(run, lambda: repeat_samples(run.output, len(run.losses), 2), problem)
+
+
+def can_be_repeated(problem: Problem, run: Run) -> bool:
+    """Whether two copies of the batch in one pass have its losses twice.
+
+    Not where samples are coupled or drawn at random (training mode), nor where
+    :func:`loss_can_be_repeated` does not hold. Of several inputs, one may run over samples in
+    another dimension (the state of a recurrent layer), or be as long as there are samples by chance
+    (a square mask).
+    """
+    if training_modules(problem.model) or not loss_can_be_repeated(problem, run):
+        return False
+    inputs = (problem.args, problem.kwargs)
+    if sum(isinstance(v, Tensor) for v in pytree.tree_leaves(inputs)) == 1:
+        return True
+
+    def output() -> Any:
+        args, kwargs = repeat_samples(inputs, len(run.losses), 2)
+        return problem.call(args, kwargs)
+
+    return _twice(run, output, problem)
+
+
+def _twice(run: Run, output: Callable[[], Any], problem: Problem) -> bool:
+    try:
+        with torch.no_grad():
+            losses = losses_again(problem, output(), 2)
+    except Exception:
+        return False  # model or loss is made for this batch only
+    expected = run.losses.detach().expand(2, -1)
+    return losses.shape == expected.shape and torch.allclose(losses, expected, rtol=1e-3)
+
+
 def _call_number(name: str, call: Call) -> int:
     """1 for ``name``, 2 for ``name#2``."""
     return 1 if name == call.name else int(name.rpartition("#")[2])
@@ -84,7 +127,7 @@ def _from_input(problem: Problem, name: str, call: Call, point: Point) -> Rest:
 
     def rest(activation: Tensor, count: int) -> Any:
         fed = repeat_samples(inputs, samples, count)
-        fed[replaced] = _owned(problem, activation)
+        fed[replaced] = activation.clone()  # the model may write into its input
         keywords = dict(zip(point.kwargs, fed[n:], strict=True))
         return problem.call(tuple(fed[:n]), keywords, point.state)
 

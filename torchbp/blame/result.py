@@ -87,7 +87,8 @@ class Blame(Summary, Mapping[str, Tensor]):
         """
         values, targets = self[layer].flatten(1), self._classes()
         out = values.new_zeros(self._n_classes(), values.shape[1])
-        return out.index_add_(0, targets, values)
+        judged = self._judged()
+        return out.index_add_(0, targets[judged], values[judged])
 
     def per_pair(self, layer: str, true: int, predicted: int) -> Tensor:
         """``[U]`` blame summed over the samples of one true class predicted as another.
@@ -115,7 +116,7 @@ class Blame(Summary, Mapping[str, Tensor]):
     def confusions(self) -> Table:
         """Pairs of true and predicted class that were confused, worst total loss first."""
         true, predicted = self._classes(), self.predictions()
-        wrong = true != predicted
+        wrong = self._judged() & (true != predicted)
         pairs, where = torch.unique(
             torch.stack([true[wrong], predicted[wrong]], 1), dim=0, return_inverse=True
         )
@@ -203,12 +204,16 @@ class Blame(Summary, Mapping[str, Tensor]):
     def _classes(self) -> Tensor:
         if not self._has_classes():
             raise ValueError("per class: the targets are not class indices of shape [N]")
-        return self.targets.clamp(min=0)
+        return self.targets
+
+    def _judged(self) -> Tensor:
+        """``[N]`` whether the target is a class, and not an index that the loss ignores."""
+        return (self._classes() >= 0) & (self._classes() < self._n_classes())
 
     def _n_classes(self) -> int:
         if self.output is not None and self.output.dim() == 2:
             return self.output.shape[1]
-        return int(self._classes().max()) + 1
+        return max(int(self._classes().max()) + 1, 0)
 
     def layer_names(self) -> Iterator[str]:
         """Layers, in the order of the forward pass."""

@@ -161,11 +161,12 @@ def sample_gradients(
     """Take the gradients of every sample's loss, at the cost of about one training step.
 
     One forward pass on the batch and one on two of its samples, which tells where each layer keeps
-    the samples; one backward pass through the activations alone. Exact for any model: whatever has
-    no closed form is called again for single samples, and what even that cannot treat (parameters
-    that a user's ``autograd.Function`` takes, say) is differentiated sample by sample. Nothing of
-    the model is changed. Parameters that do not require gradients are treated like all others:
-    blame asks what raised the loss, not what will be trained.
+    the samples; one backward pass through the activations alone, and a second one where indexing or
+    sorting may have put the samples into another order. Exact for any model: whatever has no closed
+    form is called again for single samples, and what even that cannot treat (parameters that a
+    user's ``autograd.Function`` takes, or that see samples in another order) is differentiated
+    sample by sample. Nothing of the model is changed. Parameters that do not require gradients are
+    treated like all others: blame asks what raised the loss, not what will be trained.
 
     Args:
         model: the model, in the mode (``eval()``, usually) in which it shall be judged.

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from torchbp.blame.capture import cuda_devices, leaf_copy
+from torchbp.blame.capture import cuda_devices
 from torchbp.blame.layouts import Pairing, UnclearError, smaller_batch
 from torchbp.blame.parts import OneByOne, Replayed, SentBack, added, only_looks
 from torchbp.blame.problem import Problem
@@ -86,7 +86,10 @@ class SampleRuns:
                 stacklevel=4,
             )
         parts = _parts(leaves, tape.uses, errors)
-        maker = None if pairings is None else _Maker(pairings, errors)
+        maker = None
+        if pairings is not None:
+            scaled = self._scaled(losses, tape, edges) if tape.reorders and not coupled else None
+            maker = _Maker(pairings, errors, scaled)
         factors: dict[str, Factor] = {}
         for name, leaf in leaves.items():
             # A gradient at the parameter itself has come by a way the tape has not seen.
@@ -99,7 +102,7 @@ class SampleRuns:
         return Found(losses.detach(), _detached(output), factors, unused, coupled)
 
     def _leaves(self) -> dict[str, Tensor]:
-        own = dict(self.problem.model.named_parameters())
+        own = self.problem.fresh_state()
         return {name: mark_weights(own[name]) for name in self.names}
 
     def _losses(
@@ -109,7 +112,8 @@ class SampleRuns:
         problem = self.problem
 
         def fed(value: Any) -> Any:
-            value = leaf_copy(value).detach() if isinstance(value, Tensor) else value
+            # A copy: what was asked for may be made later, from tensors of the user's.
+            value = value.detach().clone() if isinstance(value, Tensor) else value
             return value if rows is None else _cut(value, rows, n)
 
         args, kwargs, targets = (
@@ -133,8 +137,8 @@ class SampleRuns:
         try:
             with tape:
                 _, small = self._losses(leaves, rows, n)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-            return None  # a model that takes no other batch than the one it got
+        except Exception:
+            return None  # a model that takes no other batch than the one it got, and may say so
         same = [(a.func, a.spec) for a in uses] == [(b.func, b.spec) for b in tape.uses]
         if not same or len(small) != len(rows):
             return None
@@ -151,13 +155,23 @@ class SampleRuns:
             for use, other in zip(uses, tape.uses, strict=True)
         ]
 
+    @staticmethod
+    def _scaled(losses: Tensor, tape: UseTape, edges: list[Any]) -> tuple[Tensor, list[Errors]]:
+        """A scale for every loss, and the errors that scaled losses send back to every use."""
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(losses), generator=generator)
+        scales = (1 + 2 * order / len(losses)).to(losses)
+        found = _grads((losses * scales).sum(), edges)
+        return scales, [found[use.first : use.first + len(use.outputs)] for use in tape.uses]
+
     def _again(self, name: str) -> Callable[[], tuple[Tensor, Tensor]]:
-        versions = [p._version for p in self.problem.model.parameters()]
+        was = self._condition()
 
         def run() -> tuple[Tensor, Tensor]:
-            if versions != [p._version for p in self.problem.model.parameters()]:
+            if was != self._condition():
                 raise RuntimeError(
-                    "sample_gradients: parameters have changed since the gradients were taken"
+                    "sample_gradients: parameters, buffers, inputs or the model's mode have "
+                    f"changed since the gradients were taken, and {name!r} needs a run anew"
                 )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the user was warned when they were taken
@@ -167,6 +181,14 @@ class SampleRuns:
             return losses, leaf
 
         return run
+
+    def _condition(self) -> list[int]:
+        """What a run anew depends on: by versions, and whether modules are in training mode."""
+        model, problem = self.problem.model, self.problem
+        given = pytree.tree_leaves((problem.args, problem.kwargs, problem.targets))
+        tensors = (*model.parameters(), *model.buffers(), *given)
+        versions = [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+        return versions + [m.training for m in model.modules()]
 
 
 def _detached(output: Any) -> Any:
@@ -219,8 +241,13 @@ def _parts(
 class _Maker:
     """Makes the factors of the parameters from their parts."""
 
-    def __init__(self, pairings: list[Pairing], errors: Sequence[Errors]) -> None:
-        self._pairings, self._errors = pairings, errors
+    def __init__(
+        self,
+        pairings: list[Pairing],
+        errors: Sequence[Errors],
+        scaled: tuple[Tensor, list[Errors]] | None,
+    ) -> None:
+        self._pairings, self._errors, self._scaled = pairings, errors, scaled
         self._closed: dict[int, Factors] = {}
 
     def factor(self, leaf: Tensor, parts: list[_Part]) -> Factor | None:
@@ -236,6 +263,8 @@ class _Maker:
             e is not None and e.is_complex() for e in errors
         ):
             raise UnclearError
+        if pairing.elsewhere() or not self._follows(part.use):
+            raise UnclearError
         of_samples = pairing.of_leaf(part.position)
         factor = None if of_samples else self._in_closed_form(part)
         if factor is None:
@@ -245,6 +274,12 @@ class _Maker:
         if part.reached is leaf:
             return factor
         return SentBack(factor, part.reached, leaf, of_samples[0] if of_samples else None)
+
+    def _follows(self, use: int) -> bool:
+        if self._scaled is None:
+            return True
+        scales, scaled = self._scaled
+        return self._pairings[use].follows(self._errors[use], scaled[use], scales)
 
     def _in_closed_form(self, part: _Part) -> Factor | None:
         pairing, use = self._pairings[part.use], self._pairings[part.use].use

@@ -189,6 +189,7 @@ def sample_blame(
     head = LossHead.of(loss_fn)
     direction: dict[str, Tensor] | None = None
     found: dict[str, list[Tensor]] = {}
+    classes = head.kind == "cross_entropy" or has_classes(targets)
     for part, labels in batches(inputs, targets, batch_size):
         gradients = sample_gradients(model, part, labels, loss_fn, parameters)
         scores = {
@@ -196,7 +197,7 @@ def sample_blame(
             "gradient_norm": gradients.square_norms().clamp(min=0).sqrt(),
             "el2n": el2n(head, gradients.output, labels),
             "margin": margin(head, gradients.output, labels),
-            "predictions": _predictions(gradients.output),
+            "predictions": _predictions(gradients.output) if classes else None,
         }
         if validation is not None:
             if direction is None:
@@ -273,11 +274,11 @@ def el2n(head: LossHead, output: Any, targets: Any) -> Tensor | None:
     probabilities = output.detach().softmax(1)
     if targets.is_floating_point():
         return (probabilities - targets).norm(dim=1)
-    counted = targets >= 0
+    labels = _counted(head, targets)
     error = probabilities.scatter_add(
-        1, targets.clamp(min=0)[:, None], probabilities.new_full((len(targets), 1), -1.0)
+        1, labels.clamp(min=0)[:, None], probabilities.new_full((len(labels), 1), -1.0)
     )
-    return torch.where(counted, error.norm(dim=1), float("nan"))
+    return torch.where(labels >= 0, error.norm(dim=1), float("nan"))
 
 
 def margin(head: LossHead, output: Any, targets: Any) -> Tensor | None:
@@ -287,11 +288,19 @@ def margin(head: LossHead, output: Any, targets: Any) -> Tensor | None:
     """
     if head.kind != "cross_entropy" or output.dim() != 2 or targets.is_floating_point():
         return None
-    return margins(output.detach(), targets)
+    return margins(output.detach(), _counted(head, targets))
+
+
+def _counted(head: LossHead, targets: Tensor) -> Tensor:
+    """Class indices, -1 where the loss ignores the sample."""
+    return targets.masked_fill(targets == head.settings.get("ignore_index", -100), -1)
 
 
 def margins(output: Tensor, targets: Tensor) -> Tensor:
-    """``[N]``, ``z_y - max z_other`` from outputs ``[N, C]`` and class indices ``[N]``."""
+    """``[N]``, ``z_y - max z_other`` from outputs ``[N, C]`` and class indices ``[N]``.
+
+    Samples with a negative index get NaN.
+    """
     own = targets.clamp(min=0)[:, None]
     rival = output.scatter(1, own, float("-inf")).amax(1)
     return torch.where(targets >= 0, output.gather(1, own)[:, 0] - rival, float("nan"))

@@ -99,7 +99,8 @@ def _unit_rows(module: nn.Module, layer: str, own: str, share: Tensor) -> tuple[
     rows = share.flatten(1).sum(1) if share.dim() > 1 else share.reshape(-1)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not own.startswith("weight_hr"):
         suffix = own.split("_", 2)[2:]
-        return ".".join([layer, *suffix]), rows.view(-1, module.hidden_size).sum(0)
+        key = ".".join(part for part in (layer, *suffix) if part)
+        return key or BARE, rows.view(-1, module.hidden_size).sum(0)
     return layer or BARE, rows
 
 

@@ -110,7 +110,9 @@ def token_blame(
         targets: as ``loss_fn`` takes them.
         loss_fn: a loss with one term per sample and position (``[N, T]`` with
             ``reduction="none"``), such as cross-entropy over ``[N, C, T]``.
-        layer: whose positions are blamed; for a model of integer tokens, its embedding.
+        layer: whose positions are blamed; for a model of integer tokens, its embedding. One call
+            of a layer that runs several times (or one of several inputs) is ``"name#1"``,
+            ``"name#2"``, and so on.
         method: ``"taylor"`` (activation times error signal) or ``"secant"`` (conserved: row ``t``
             sums to ``l_t - l'_t`` where the layer is a complete cut).
         baseline: reference input of ``secant``, as :func:`torchbp.attribute` takes it.
@@ -123,20 +125,28 @@ def token_blame(
     args, kwargs = as_arguments(inputs)
     known = LossHead.of(loss_fn)
     head = _Terms(known.loss_fn, known.kind, known.elementwise, known.settings)
+    layer, _, number = layer.partition("#") if isinstance(layer, str) else (layer, "", "")
     problem = Problem(model, args, kwargs, targets, head, [layer], baseline, of="positions")
     with problem.session():
         if method == "taylor":
-            return _solve(problem, problem.run(), None, method)
+            return _solve(problem, problem.run(), None, method, number)
         tape = SecantTape()
         start: Point = input_reference(problem)
         before = problem.run(start, mode=tape)
-        return _solve(problem, problem.run(mode=tape), before, method)
+        return _solve(problem, problem.run(mode=tape), before, method, number)
 
 
-def _solve(problem: Problem, run: Run, before: Run | None, method: str) -> TokenBlame:
-    (name, call), *more = run.calls.items()
-    if more:
-        raise ValueError(f"layer: {name!r} is called several times; name one call of it")
+def _solve(problem: Problem, run: Run, before: Run | None, method: str, number: str) -> TokenBlame:
+    known = {str(i): item for i, item in enumerate(run.calls.items(), 1)}
+    if not number and len(known) == 1:
+        number = "1"
+    if number not in known:
+        first = next(iter(run.calls))
+        raise ValueError(
+            f"layer: {first!r} is called {len(known)} times; expected one call of it, "
+            f"'{first}#1' to '{first}#{len(known)}'"
+        )
+    name, call = known[number]
     reference = None if before is None else before.calls[name].output.detach()
     terms = run.losses.shape[1]
     rows = [

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.capture import INPUT, NO_LAYER, first_tensor, leaves, named_layers, unknown
+from torchbp.blame.capture import (
+    NO_LAYER,
+    first_tensor,
+    input_name,
+    leaves,
+    named_layers,
+    unknown,
+)
 from torchbp.blame.definitions import LossHead, one_term_reason
 from torchbp.blame.error_scale import candidates, fit
 from torchbp.blame.frame import Frame
@@ -84,7 +91,7 @@ class BlameTracker:
         self.class_names = class_names
         self.steps = 0
         modules = leaves(model) if layers in (None, "all") else named_layers(model, layers or ())
-        modules.pop(INPUT, None)
+        modules.pop(input_name(model), None)
         if not modules:
             raise ValueError("model: it has no module that could be tracked")
         self._watch = Watch(

@@ -82,6 +82,17 @@ _WRITES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+#: Functions that may put the rows of samples into another order.
+_REORDERS: set[Callable[..., Any]] = {
+    *(torch.flip, torch.roll, torch.sort, torch.topk, torch.gather, torch.take_along_dim),
+    *(T.flip, T.roll, T.sort, T.topk, T.gather, T.take_along_dim),
+    *(torch.index_select, torch.index_copy, torch.index_add, torch.index_put, torch.scatter),
+    *(T.index_select, T.index_copy, T.index_add, T.index_put, T.scatter, T.scatter_add),
+    *(T.index_copy_, T.index_add_, T.index_put_, T.scatter_, T.scatter_add_, torch.scatter_add),
+    *(torch.flipud, T.flipud, torch.masked_select, T.masked_select),
+}
+_INDEXES = {T.__getitem__, T.__setitem__}
+
 #: Functions that look at the shape or dtype alone of all arguments but the first.
 _LOOKS_ON = SHAPED_LIKE | {T.to}
 
@@ -175,6 +186,10 @@ class UseTape(Tape):
 
     Args:
         cut: whether to record and cut; otherwise the graph is torch's own.
+
+    Attributes:
+        uses: what was recorded.
+        reorders: whether something ran that may have put samples into another order.
     """
 
     method = "sample_gradients"
@@ -182,6 +197,7 @@ class UseTape(Tape):
     def __init__(self, cut: bool = True) -> None:
         super().__init__()
         self.uses: list[Use] = []
+        self.reorders = False
         self._cut, self._count = cut, 0
 
     def __torch_function__(
@@ -197,6 +213,7 @@ class UseTape(Tape):
                 return func(*args, **kwargs)
             looked = args[:1] if func in _LOOKS_ON else (args, kwargs)
             sides = {_side(t) for t in tensors_in(looked)}
+            self.reorders |= _SAMPLES in sides and _may_reorder(func, args)
             meet = _WEIGHTS in sides and _SAMPLES in sides and torch.is_grad_enabled()
             output = self._meet(func, args, kwargs) if meet else func(*args, **kwargs)
         side = _SAMPLES if _SAMPLES in sides else _WEIGHTS if _WEIGHTS in sides else None
@@ -261,6 +278,13 @@ class UseTape(Tape):
             )
             self._count += len(differentiable)
         return output
+
+
+def _may_reorder(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    if func in _INDEXES:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return not all(isinstance(i, (int, slice, type(None), type(...))) for i in index)
+    return func in _REORDERS
 
 
 def _detached(tensor: Tensor) -> Tensor:

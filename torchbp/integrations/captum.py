@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp.blame.attribute import attribute
-from torchbp.blame.capture import unknown
+from torchbp.blame.capture import input_name, unknown
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.methods import METHODS
 from torchbp.blame.problem import Problem
@@ -268,11 +268,11 @@ class InputBlame(_Blaming, Attribution):
             )
         blame = self._blame(
             inputs, baselines, target, _as_extra(additional_forward_args), self.forward_func,
-            ["input"], n_steps, options,
+            [input_name(self.forward_func)], n_steps, options,
         )  # fmt: skip
         names = [*blame][: len(given)]
         found = tuple(blame[n].view_as(x) for n, x in zip(names, given, strict=True))
-        result = found if isinstance(inputs, tuple) else found[0]
+        result = found[0] if isinstance(inputs, Tensor) else found
         return (result, self._delta(blame, names)) if return_convergence_delta else result
 
 
@@ -283,14 +283,23 @@ class _Probed(nn.Module):
         super().__init__()
         self.model, self._layers = model, tuple(layers)
         self.probes = nn.ModuleList(nn.Identity() for _ in layers)
-        self.train(model.training)
+        self.training = model.training  # train() would reach the model's own modules
 
     def forward(self, *args: Any) -> Any:
         def through(probe: nn.Module) -> Callable[..., Any]:
-            return lambda module, given: (probe(given[0]), *given[1:])
+            def hook(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                if args:
+                    return (probe(args[0]), *args[1:]), kwargs
+                return args, {
+                    k: probe(v) if i == 0 else v for i, (k, v) in enumerate(kwargs.items())
+                }
+
+            return hook
 
         handles = [
-            layer.register_forward_pre_hook(through(probe))
+            layer.register_forward_pre_hook(through(probe), with_kwargs=True)
             for layer, probe in zip(self._layers, self.probes, strict=True)
         ]
         try:
@@ -333,7 +342,10 @@ def _indices(target: Any, samples: int) -> Tensor:
         )
     if len(target) != samples:
         raise ValueError(f"target: expected one for each of {samples} samples, got {len(target)}")
-    return torch.tensor([_as_tuple(t) for t in target], dtype=torch.long)
+    rows = [_as_tuple(t) for t in target]
+    if any(isinstance(i, float) for row in rows for i in row):
+        raise TypeError("target: expected integers as indices, got floating numbers")
+    return torch.tensor(rows, dtype=torch.long)
 
 
 def _selected(output: Any, indices: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from torchbp.blame.activations import reference_activations
-from torchbp.blame.capture import Call, Of, first_tensor, training_modules
+from torchbp.blame.capture import Call, Of, first_tensor
 from torchbp.blame.methods.base import Method, Result
 from torchbp.blame.problem import Problem, Run
-from torchbp.blame.rerun import losses_again, rerun
+from torchbp.blame.rerun import can_be_repeated, losses_again, rerun
 
 #: Bytes that the rest of the network may take at once, unless told otherwise.
 MEMORY = 1 << 28
@@ -23,8 +23,9 @@ def ablation(problem: Problem) -> Result:
     """``b = L - L(unit := reference)`` for every unit of every layer, each by a forward pass.
 
     The rest of the network runs again from the layer on, see :func:`torchbp.blame.rerun.rerun`;
-    many units go through in one batch, unless the model is in training mode, where a batch of its
-    own gives every unit the same statistics and the same dropout. Baselines are those of
+    many units go through in one batch, unless that would change the losses: in training mode, where
+    a batch of its own gives every unit the same statistics and the same dropout, or where the loss
+    or an input is made for one batch. Baselines are those of
     :func:`torchbp.blame.activations.reference_activations`. Options:
 
     * ``memory``: about how many bytes these batches may take; at least one unit goes at a time.
@@ -42,7 +43,9 @@ def ablation(problem: Problem) -> Result:
     run = problem.run()
     references = reference_activations(problem, run)
     rows = max(1, memory // (_ALIVE * _row_bytes(run)))
-    step = 1 if training_modules(problem.model) else max(1, rows // max(len(run.losses), 1))
+    step = max(1, rows // len(run.losses))
+    if step > 1 and not can_be_repeated(problem, run):
+        step = 1
     with torch.no_grad():
         values = {n: _ablate(problem, n, c, references[n], step) for n, c in run.calls.items()}
     return Result(values, run)

@@ -29,10 +29,10 @@ def curvature(problem: Problem) -> Result:
 
     * ``estimate``: ``"montecarlo"`` (unbiased: ``E (g . u)^2 = u' H u`` for random directions ``g``
       with ``E g g' = H``, one backward pass each; those of cross-entropy have random signs in
-      place of labels drawn from the prediction, with the same mean and far less spread for a
-      confident prediction), ``"exact"`` (one backward pass per number of a sample's output) or
-      ``"empirical"`` (no further pass: ``u' H u`` is taken for the square of ``t``; for one target
-      per position, as in a token loss, for the sum of each position's square).
+      place of labels drawn from the prediction, with the same mean), ``"exact"`` (one backward pass
+      per number of a sample's output) or ``"empirical"`` (no further pass: ``u' H u`` is taken for
+      the square of ``t``; for one target per position, as in a token loss, for the sum of each
+      position's square).
     * ``draws``: random directions of ``"montecarlo"``.
     * ``seed``: of those, and of the baseline ``"resample"``.
 
@@ -98,7 +98,7 @@ def _own_square(problem: Problem, call: Call, error: Tensor, reference: Tensor |
         return problem.contribution(call, error, reference).square()
     activation = call.output.detach()
     gap = activation if reference is None else activation - reference
-    return problem.reduce((gap * error).square(), call)
+    return problem.reduce((wide(gap) * wide(error)).square(), call)
 
 
 CURVATURE = Method("curvature", "removal", curvature, ("estimate", "draws", "seed"))

@@ -9,7 +9,7 @@ from torchbp.blame.activations import reference_activations
 from torchbp.blame.cut_off import without_cut_off
 from torchbp.blame.methods.base import Method, Result, error_signals
 from torchbp.blame.problem import Problem
-from torchbp.blame.rerun import losses_again
+from torchbp.blame.rerun import loss_can_be_repeated, losses_again
 
 #: Rows of outputs evaluated at once; bounds memory to a few of them times the classes.
 _ROWS = 1 << 16
@@ -46,8 +46,9 @@ def logits(problem: Problem) -> Result:
             shares[name].append(problem.contribution(call, error, references[name]))
     found = {name: torch.stack(parts, -1) for name, parts in shares.items()}
     losses = run.losses.detach()
+    rows = _ROWS if loss_can_be_repeated(problem, run) else 1
     values = {
-        name: losses[:, None] - _losses_without(problem, output.detach(), share, followed)
+        name: losses[:, None] - _losses_without(problem, output.detach(), share, followed, rows)
         for name, share in without_cut_off(problem, run, found).items()
     }
     return Result(values, run)
@@ -68,15 +69,18 @@ def _followed(problem: Problem, output: Tensor) -> Tensor:
     true = problem.targets
     if not isinstance(true, Tensor) or true.is_floating_point() or true.shape != (samples,):
         raise ValueError("rivals: expected targets that are class indices of shape [N]")
-    true = true.clamp(min=0)[:, None]  # a sample whose class is ignored has no loss anyway
+    # A sample whose class is ignored has no loss anyway.
+    true = true.masked_fill(true == problem.head.settings.get("ignore_index", -100), 0)[:, None]
     others = output.scatter(1, true, -torch.inf).topk(rivals, 1).indices
     return torch.cat([true, others], 1)
 
 
-def _losses_without(problem: Problem, output: Tensor, shares: Tensor, followed: Tensor) -> Tensor:
+def _losses_without(
+    problem: Problem, output: Tensor, shares: Tensor, followed: Tensor, rows: int
+) -> Tensor:
     """``[N, U]`` losses at ``output - share`` for shares ``[N, U, k]`` of the followed outputs."""
     n, units, _ = shares.shape
-    step = max(1, _ROWS // max(n, 1))
+    step = max(1, rows // n)
     parts = []
     with torch.no_grad():
         for start in range(0, units, step):

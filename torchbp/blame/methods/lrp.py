@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchbp.blame.capture import unknown
+from torchbp.blame.cut_off import without_cut_off
 from torchbp.blame.cuts import cuts_of
 from torchbp.blame.methods.base import Method, Result, error_signals, left_at_cut
 from torchbp.blame.problem import Problem, Run
@@ -64,6 +65,7 @@ def lrp(problem: Problem) -> Result:
     relevances = error_signals(start, calls)
     pairs = zip(run.calls.items(), relevances, strict=True)
     values = {name: problem.reduce(relevance, call) for (name, call), relevance in pairs}
+    values = without_cut_off(problem, run, values)
     change = run.losses.detach() - reference_losses
     cuts = cuts_of(run)
     expected = {name: change for name in values if name in cuts}

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchbp.blame.capture import Call, training_modules, unknown
+from torchbp.blame.capture import Call, unknown
+from torchbp.blame.cut_off import without_cut_off
 from torchbp.blame.cuts import cuts_of
-from torchbp.blame.methods.base import Method, Result, error_signals
+from torchbp.blame.methods.base import Method, Result, error_signals, gradients
 from torchbp.blame.problem import Point, Problem, Run
-from torchbp.blame.reference import between, input_path
-from torchbp.blame.rerun import losses_again, repeat_samples, rerun
+from torchbp.blame.reference import between, input_path, refuse_jumps
+from torchbp.blame.rerun import can_be_repeated, losses_again, repeat_samples, rerun
 
 #: Samples times points of the path in one pass, and the bytes it may keep for its way back: what
 #: was fastest of 2^24 to 2^28 for an MLP, a CNN and a transformer. At least one point goes at a
@@ -80,6 +81,7 @@ def conductance(problem: Problem) -> Result:
     """
     nodes, _ = quadrature(problem.option("rule", RULES[0]), problem.n_steps + 1)
     path, run, step = _path(problem)
+    refuse_jumps(problem, *path)
     shares: dict[str, Tensor] = {}
     last: dict[str, tuple[Tensor, Tensor]] = {}
     for part, count in _sweep(problem, path, nodes, len(run.losses), step):
@@ -93,6 +95,7 @@ def conductance(problem: Problem) -> Result:
                     share.addcmul_(a[k] - a_before, error_before)
                 last[name] = a[k], error[k]
             last[name] = a[-1].clone(), error[-1].clone()  # views would keep the whole pass
+    shares = without_cut_off(problem, run, shares)
     values = {name: problem.reduce(share, run.calls[name]) for name, share in shares.items()}
     first = _first(problem, path[0], run)
     change, cuts = (run.losses - first.losses).detach(), cuts_of(run, first)
@@ -111,6 +114,7 @@ def internal_influence(problem: Problem) -> Result:
     """
     nodes, weights = quadrature(problem.option("rule", RULES[0]), problem.n_steps)
     path, run, step = _path(problem)
+    refuse_jumps(problem, *path)
     means: dict[str, Tensor] = {}
     done = 0
     for part, count in _sweep(problem, path, nodes, len(run.losses), step):
@@ -119,6 +123,7 @@ def internal_influence(problem: Problem) -> Result:
             mean = _weighted(_by_node(flat, count), weights[done : done + count])
             means[name] = means[name] + mean if name in means else mean
         done += count
+    means = without_cut_off(problem, run, means)
     values = {name: problem.reduce(mean, run.calls[name]) for name, mean in means.items()}
     first = _first(problem, path[0], run)
     return Result(values, run, reference_losses=first.losses.detach())
@@ -139,12 +144,14 @@ def layer_ig(problem: Problem) -> Result:
     nodes, weights = quadrature(problem.option("rule", RULES[0]), problem.n_steps)
     (start, _), run, step = _path(problem)
     first = _first(problem, start, run)
-    values, expected = {}, {}
+    shares, expected = {}, {}
     for name, call in run.calls.items():
         a0 = first.calls[name].output.detach()
-        share, off = _from_layer(problem, name, call, a0, nodes, weights, step)
-        values[name] = problem.reduce(share, call)
+        shares[name], off = _from_layer(problem, name, call, a0, nodes, weights, step)
         expected[name] = run.losses.detach() - off
+    shares = without_cut_off(problem, run, shares)
+    values = {name: problem.reduce(share, run.calls[name]) for name, share in shares.items()}
+    expected = {name: expected[name] for name in values}
     return Result(values, run, expected, first.losses.detach())
 
 
@@ -165,9 +172,8 @@ def _from_layer(
         path = torch.cat([a0 + s * gap for s in nodes[k : k + step]]).requires_grad_()
         count = len(path) // len(gap)
         losses = losses_again(problem, rest(path, count), count)
-        (error,) = torch.autograd.grad(losses.sum(), path, allow_unused=True)
-        if error is not None:
-            mean += _weighted(_by_node(error, count), weights[k : k + step])
+        (error,) = gradients(losses.sum(), [path])
+        mean += _weighted(_by_node(error, count), weights[k : k + step])
     with torch.no_grad():
         off = losses_again(problem, rest(a0, 1), 1)[0]
     return mean * gap, off
@@ -193,26 +199,9 @@ def first_pass(problem: Problem) -> tuple[Run, int]:
     samples = len(run.losses)
     given = pytree.tree_leaves((problem.args, problem.kwargs, problem.targets))
     whole = any(isinstance(v, Tensor) and v.shape[:1] != (samples,) for v in given)
-    if whole or training_modules(problem.model) or not _can_be_repeated(problem, run):
+    if whole or not can_be_repeated(problem, run):
         return run, 1
     return run, max(1, min(_ROWS // samples, _BYTES // max(1, sum(held.values()))))
-
-
-def _can_be_repeated(problem: Problem, run: Run) -> bool:
-    """Whether two copies of the batch have its losses twice.
-
-    Of several inputs, one may be as long as there are samples by chance: a square mask, the state
-    of a recurrent layer for one sample.
-    """
-    inputs = [v for v in (*problem.args, *problem.kwargs.values()) if isinstance(v, Tensor)]
-    if len(inputs) == 1:
-        return True
-    point = _together([problem.point] * 2, problem.targets, len(run.losses))
-    try:
-        losses = problem.run(point).losses
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return torch.allclose(losses, run.losses.repeat(2), rtol=1e-3)
 
 
 def _path(problem: Problem) -> tuple[tuple[Point, Point], Run, int]:
@@ -252,7 +241,7 @@ def _together(points: list[Point], targets: Any, samples: int) -> Point:
 
     def joined(*values: Any) -> Any:
         runs = isinstance(values[0], Tensor) and values[0].shape[:1] == (samples,)
-        return torch.cat(values) if runs else values[0]
+        return torch.cat(values) if runs else repeat_samples(values[0], samples, len(values))
 
     starts = [p.starts for p in points if p.starts is not None]
     return Point(

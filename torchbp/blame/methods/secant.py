@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchbp.blame.capture import Call
 from torchbp.blame.classes import log_prior
+from torchbp.blame.cut_off import without_cut_off
 from torchbp.blame.cuts import cuts_of
 from torchbp.blame.methods.base import Method, Result, gradients, left_at_cut
 from torchbp.blame.problem import Point, Problem
@@ -92,6 +93,7 @@ def _along(problem: Problem, path: Path) -> Result:
     change = (before.losses - first.losses).detach()
     if path.changed:
         absorbed = {name: left_at_cut(a, change, shares[name]) for name, a in absorbed.items()}
+    shares = without_cut_off(problem, before, shares)
     expected = {name: change for name in shares if name in cuts}
     return Result(shares, before, expected, first.losses.detach(), absorbed)
 
@@ -170,13 +172,13 @@ def _from_layers(problem: Problem) -> Result:
             if off is None:
                 off = losses.detach()
                 continue
-            (m,) = torch.autograd.grad(losses.sum(), activation, allow_unused=True)
-            m = torch.zeros_like(activation) if m is None else m
+            (m,) = gradients(losses.sum(), [activation])
             step = call.output.detach() / problem.n_steps
             _add(shares, name, problem.reduce(m * step, call))
         assert off is not None
         expected[name] = run.losses.detach() - off
-    return Result(shares, run, expected)
+    shares = without_cut_off(problem, run, shares)
+    return Result(shares, run, {name: expected[name] for name in shares})
 
 
 SECANT = Method("secant", "allocation", secant, ("prior",))
