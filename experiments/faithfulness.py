@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from torchbp import attribute
 from torchbp.blame import Blame
+from torchbp.blame.methods import METHODS
 from torchbp.tables import Table
 
 #: Our methods and their settings, by the name they have in the table.
@@ -153,8 +154,6 @@ def compare(subject: Subject, table: dict[str, Scores], shapley: bool, seed: int
 def _origin(label: str) -> tuple[str, str]:
     if label in _rivals.METHODS:
         return "captum", "-"
-    from torchbp.blame.methods import METHODS
-
     return "torchbp", METHODS[OURS[label][0]].question
 
 

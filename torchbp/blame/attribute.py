@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count, check_model
 from torchbp.blame.capture import Call, Of, input_name, player_shape, unknown
 from torchbp.blame.classes import ClassBlame, class_blame
 from torchbp.blame.definitions import LossHead
@@ -144,8 +144,7 @@ def attribute(
         NotImplementedError: for ``secant`` and ``lrp``, naming a function that has no rule.
         FloatingPointError: naming the first layer with NaN or infinity in activation or blame.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if of in _OTHERS:
         given = dict(
             method=method, layers=layers, baseline=baseline, n_steps=n_steps,
@@ -161,8 +160,7 @@ def attribute(
         raise ValueError(unknown("method", str(method), [*METHODS]))
     chosen = METHODS[method]
     n_steps = chosen.n_steps if n_steps is None else n_steps
-    if not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
+    check_count("n_steps", n_steps)
     _refuse_unknown(f"method {method!r}", options, chosen.options)
     args, kwargs = as_arguments(inputs)
     head = LossHead.of(loss_fn)

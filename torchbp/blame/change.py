@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchbp.blame.arguments import check_count
 from torchbp.blame.capture import unknown
 from torchbp.blame.checkpoints import checkpoint_blame
 from torchbp.blame.probe import Probe, loss_value, snapshot
@@ -92,8 +93,7 @@ class LossChange:
             raise TypeError(f"loss_fn: expected a callable (output, targets), got {loss_fn!r}")
         if not tolerance > 0:
             raise ValueError(f"tolerance: expected a number > 0, got {tolerance!r}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+        check_count("every", every)
         self.model, self.rule, self.tolerance, self.every = model, rule, tolerance, every
         self._batch = inputs, targets, loss_fn
         self._probe = Probe(

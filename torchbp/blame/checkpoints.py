@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count, check_model
 from torchbp.blame.capture import unknown
 from torchbp.blame.definitions import LossHead, Question
 from torchbp.blame.methods.base import gradients
@@ -168,10 +168,8 @@ def checkpoint_blame(
         NotImplementedError: naming a function between weights and loss that has no secant rule.
         RuntimeError: if the two runs call different functions or take different masks.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
+    check_model(model)
+    check_count("n_steps", n_steps)
     args, kwargs = as_arguments(inputs)
     start = checkpoint_state(model, before, "before")
     end = checkpoint_state(model, model if after is None else after, "after")

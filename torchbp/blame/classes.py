@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.frame import class_name
 from torchbp.blame.problem import Problem
@@ -50,8 +50,7 @@ class ClassBlame:
 
     def top(self, k: int = 10) -> Table:
         """The ``k`` pairs that raise the loss most: samples of one class drawn to another."""
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        check_count("k", k)
         classes = len(self.matrix)
         rivals = self.matrix.clone().fill_diagonal_(-torch.inf).flatten()
         best = rivals.topk(min(k, classes * (classes - 1)))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchbp.blame.arguments import check_count
 from torchbp.blame.capture import unknown
 from torchbp.blame.definitions import Question
 from torchbp.tables import Table
@@ -118,8 +119,7 @@ class EdgeFlow(Mapping[str, LayerFlow]):
         Raises:
             ValueError: if ``k`` is not a positive integer.
         """
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        check_count("k", k)
         through: dict[str, dict[Unit, float]] = {}
         for name, flow in self.flows.items():
             size = flow.edges.abs()
@@ -140,8 +140,7 @@ class EdgeFlow(Mapping[str, LayerFlow]):
 
     def top(self, k: int = 10) -> Table:
         """The ``k`` edges that raise the loss most."""
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        check_count("k", k)
         found: list[tuple[float, str, int, int]] = []
         for name, flow in self.flows.items():
             best = flow.edges.flatten().topk(min(k, flow.edges.numel()))

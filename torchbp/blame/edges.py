@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count, check_model
 from torchbp.blame.capture import Call, first_tensor, passes_units
 from torchbp.blame.definitions import LossHead, Question
 from torchbp.blame.edge_graph import EdgeFlow, LayerFlow, Unit
@@ -92,14 +92,12 @@ def edge_flow(
         FloatingPointError: if a flow holds NaN or infinity.
         NotImplementedError: for ``secant``, naming a function that has no rule.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if method not in ("taylor", "secant"):
         raise ValueError(f"method: expected 'taylor' or 'secant', got {method!r}")
     if method == "taylor" and baseline is not None:
         raise ValueError("baseline: method 'taylor' measures edges against zero; use 'secant'")
-    if not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps: expected an integer >= 1, got {n_steps!r}")
+    check_count("n_steps", n_steps)
     args, kwargs = as_arguments(inputs)
     head = LossHead.of(loss_fn)
     problem = Problem(model, args, kwargs, targets, head, "all", baseline, n_steps)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchbp.blame.arguments import check_model
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.frame import class_name
 from torchbp.blame.ledger import SampleLedger, sample_ids
@@ -116,8 +117,7 @@ def _restored(
     learning_rates: float | Sequence[float],
 ) -> Iterator[tuple[nn.Module, float]]:
     """A copy of the model at every checkpoint, with its learning rate."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     one = isinstance(learning_rates, (int, float))
     rates = [] if one else [float(r) for r in learning_rates]  # type: ignore[union-attr]
     copied, count = copy.deepcopy(model), 0
@@ -182,8 +182,7 @@ class InRunInfluence:
         class_names: Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self.model, self.validation, self.parameters = model, validation, parameters
         self.class_names, self.batch_size = class_names, batch_size
         self._head = LossHead.of(loss_fn)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_model
 from torchbp.blame.capture import cuda_devices
 from torchbp.blame.watch import unwatched
 from torchbp.ops.embedding import Embedding
@@ -101,8 +101,7 @@ class Probe:
         objective: Callable[[Any], Tensor],
         whole: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self.model, self.objective, self._whole = model, objective, whole
         self._args, self._kwargs = as_arguments(inputs)
         self._devices = cuda_devices([*model.parameters(), *model.buffers()])

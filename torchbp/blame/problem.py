@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from torchbp.blame.arguments import check_count
 from torchbp.blame.capture import (
     NO_LAYER,
     Call,
@@ -117,6 +118,19 @@ class Problem:
     def option(self, name: str, default: Any) -> Any:
         """An option of the method, as the user gave it."""
         return self.options.get(name, default)
+
+    def count_option(self, name: str, default: int) -> int:
+        """An option that is a number of things.
+
+        Raises:
+            TypeError: if it is no integer.
+            ValueError: if it is below 1.
+        """
+        value = self.option(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        check_count(name, value)
+        return value
 
     def reduce(self, values: Tensor, call: Call) -> Tensor:
         """``[N, players]``: values of a layer's elements, summed as ``of`` says."""

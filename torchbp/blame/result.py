@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.blame.capture import Of, unknown
 from torchbp.blame.definitions import Question
-from torchbp.blame.samples import drivers
+from torchbp.blame.samples import drivers, has_classes
 from torchbp.blame.summary import Summary
 from torchbp.tables import Table
 
@@ -197,12 +197,8 @@ class Blame(Summary, Mapping[str, Tensor]):
         layers = ", ".join(f"{n}: {tuple(v.shape)}" for n, v in self.units.items())
         return f"Blame(method={self.method!r}, question={self.question!r}, {layers})"
 
-    def _has_classes(self) -> bool:
-        t = self.targets
-        return isinstance(t, Tensor) and not t.is_floating_point() and t.dim() == 1
-
     def _classes(self) -> Tensor:
-        if not self._has_classes():
+        if not has_classes(self.targets):
             raise ValueError("per class: the targets are not class indices of shape [N]")
         return self.targets
 
@@ -221,4 +217,4 @@ class Blame(Summary, Mapping[str, Tensor]):
 
     def unit_classes(self, layer: str) -> Tensor | None:
         """``[C, U]`` blame per true class; ``None`` where the targets are not classes."""
-        return self.per_class(layer) if self._has_classes() else None
+        return self.per_class(layer) if has_classes(self.targets) else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_model
 from torchbp.blame.capture import unknown
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.parts import OneByOne
@@ -185,8 +185,7 @@ def sample_gradients(
         ValueError: for an unknown parameter (close names are suggested), an empty batch, wrong
             targets, or a loss that is not one per sample.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory: expected a positive number of bytes, got {memory!r}")
     names = _names(model, parameters)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count
 from torchbp.blame.capture import unknown
 from torchbp.blame.definitions import LossHead
 from torchbp.blame.frame import class_name
@@ -338,8 +338,7 @@ def batches(inputs: Any, targets: Any, size: int) -> Iterator[tuple[Any, Any]]:
     Raises:
         ValueError: for ``size < 1``.
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {size!r}")
+    check_count("batch_size", size)
     args, kwargs = as_arguments(inputs)
     n = next(v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
     if n <= size:
@@ -367,8 +366,7 @@ def ranked(score: Tensor, k: int) -> list[int]:
     Raises:
         ValueError: if ``k < 1``.
     """
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+    check_count("k", k)
     known = torch.nan_to_num(score, nan=float("-inf"))
     best = known.topk(min(k, int((~score.isnan()).sum())))
     return best.indices.tolist()

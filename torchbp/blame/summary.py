@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchbp.blame.arguments import check_count
 from torchbp.blame.definitions import Question
 from torchbp.blame.frame import class_name, worst_class
 from torchbp.tables import Table
@@ -107,8 +108,7 @@ class Summary:
 
 def _largest(totals: dict[str, Tensor], k: int) -> Iterator[tuple[str, int, float]]:
     """The ``k`` largest values over all layers, with their layer and unit."""
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+    check_count("k", k)
     found: list[tuple[float, str, int]] = []
     for name, values in totals.items():
         best = values.topk(min(k, values.numel()))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbp.blame.arguments import as_arguments
+from torchbp.blame.arguments import as_arguments, check_count
 from torchbp.blame.capture import Call, unknown
 from torchbp.blame.cuts import cuts_of
 from torchbp.blame.definitions import LossHead, check_targets
@@ -58,8 +58,7 @@ class TokenBlame:
             sample: which sample.
             tokens: texts of the sample's tokens, for the table.
         """
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        check_count("k", k)
         values = self.matrix[sample]
         best = values.flatten().topk(min(k, values.numel()))
         rows = [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchbp.blame.arguments import check_count, check_model
 from torchbp.blame.capture import (
     NO_LAYER,
     first_tensor,
@@ -74,8 +75,7 @@ class BlameTracker:
         output_fn: Callable[[Any], Tensor] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         if method not in LIVE_METHODS:
             if method in METHODS:
                 raise ValueError(
@@ -85,8 +85,7 @@ class BlameTracker:
             raise ValueError(unknown("method", str(method), LIVE_METHODS))
         log_every = every if log_every is None else log_every
         for argument, value in (("every", every), ("log_every", log_every)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument}: expected an integer >= 1, got {value!r}")
+            check_count(argument, value)
         self.model, self.method, self.every, self.log_every = model, method, every, log_every
         self.class_names = class_names
         self.steps = 0

@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from torchbp.blame.dispatch import SHAPED_LIKE, Tape, tensors_in
+from torchbp.blame.kept import writes
 from torchbp.ops.base import Op
 from torchbp.ops.linear import add
 from torchbp.ops.registry import BY_TORCH_FUNCTION
@@ -250,7 +251,7 @@ class UseTape(Tape):
         weights = {
             i: t for i, t in enumerate(given) if isinstance(t, Tensor) and _side(t) == _WEIGHTS
         }
-        if _writes(func):
+        if writes(func):
             # Left in the graph as it is: the parameter will be found to have a gradient.
             return func(*args, **kwargs)
         before = [
@@ -294,12 +295,6 @@ def _detached(tensor: Tensor) -> Tensor:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or name.startswith("__i")
 
 
 def _differentiable(output: Any, first_only: bool) -> tuple[Any, list[Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from torchbp.blame.arguments import check_count
 from torchbp.blame.capture import unknown
 from torchbp.blame.definitions import Question
 from torchbp.blame.sample_gradients import MEMORY, SampleGradients, sample_gradients
@@ -174,8 +175,7 @@ class WeightBlame(Summary, Mapping[str, Tensor]):
         """
         if by not in get_args(Score):
             raise ValueError(f"by: expected 'signed' or 'absolute', got {by!r}")
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        check_count("k", k)
         found: list[tuple[float, str, int]] = []
         for name in [self._known(layer)] if layer is not None else self.weights:
             values = (self[name] if by == "signed" else self.absolute(name)).flatten()

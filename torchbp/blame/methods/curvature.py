@@ -40,13 +40,10 @@ def curvature(problem: Problem) -> Result:
         TypeError: if ``draws`` or ``seed`` is not an integer.
         ValueError: for an unknown estimate, ``draws`` below 1, or a loss the estimate cannot treat.
     """
-    estimate, draws = problem.option("estimate", "montecarlo"), problem.option("draws", 4)
+    estimate = problem.option("estimate", "montecarlo")
     if estimate not in _ESTIMATES:
         raise ValueError(f"estimate: expected one of {', '.join(_ESTIMATES)}, got {estimate!r}")
-    if not isinstance(draws, int) or isinstance(draws, bool):
-        raise TypeError(f"draws: expected an integer, got {draws!r}")
-    if draws < 1:
-        raise ValueError(f"draws: expected an integer >= 1, got {draws}")
+    draws = problem.count_option("draws", 4)
     generator = torch.Generator().manual_seed(seed_of(problem))
     run, errors = backward_pass(problem, retain_graph=estimate != "empirical")
     references = reference_activations(problem, run)

@@ -38,11 +38,7 @@ def shapley(problem: Problem) -> Result:
         TypeError: if an option is no integer.
         ValueError: for less than one permutation, or a baseline that does not fit.
     """
-    permutations = problem.option("n_permutations", 100)
-    if not isinstance(permutations, int) or isinstance(permutations, bool):
-        raise TypeError(f"n_permutations: expected an integer, got {permutations!r}")
-    if permutations < 1:
-        raise ValueError(f"n_permutations: expected an integer >= 1, got {permutations}")
+    permutations = problem.count_option("n_permutations", 100)
     seed = seed_of(problem)
     run, step = first_pass(problem)
     references = reference_activations(problem, run)
