@@ -17,11 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import registration
 from .reference import BLAME_KINDS, ELEMENTWISE
-from .registration import load
+from .table import KERNELS, extension, why_not
 
 __all__ = [
     "HAS_EXT",
+    "KERNELS",
     "batch_norm_backward",
     "bias_act",
     "bias_act_backward",
@@ -34,21 +36,9 @@ __all__ = [
     "status",
 ]
 
-_extension, _why_not = load()
-
-HAS_EXT: bool = _extension is not None
+HAS_EXT: bool = extension is not None
 """Whether the compiled kernels are in use."""
 
-# Bound once: looking an operator up costs more than the call's own checks.
-_batch_norm_backward = torch.ops.torchbp.batch_norm_backward.default
-_bias_act = torch.ops.torchbp.bias_act.default
-_bias_act_backward = torch.ops.torchbp.bias_act_backward.default
-_blame_reduce = torch.ops.torchbp.blame_reduce.default
-_blame_settle = torch.ops.torchbp.blame_settle.default
-_conv_grad_weight = torch.ops.torchbp.conv_grad_weight.default
-_elementwise_backward = torch.ops.torchbp.elementwise_backward.default
-_softmax_backward = torch.ops.torchbp.softmax_backward.default
-_layer_norm_backward = torch.ops.torchbp.layer_norm_backward.default
 _kind_number = {name: number for number, name in enumerate(BLAME_KINDS)}
 _function_number = {name: number for number, name in enumerate(ELEMENTWISE)}
 
@@ -82,7 +72,7 @@ def batch_norm_backward(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _batch_norm_backward(grad_output, x, mean, rstd, weight, training)
+    return registration.batch_norm_backward(grad_output, x, mean, rstd, weight, training)
 
 
 def bias_act(
@@ -104,7 +94,7 @@ def bias_act(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _bias_act(x, bias, act, alpha)
+    return registration.bias_act(x, bias, act, alpha)
 
 
 def bias_act_backward(
@@ -133,7 +123,7 @@ def bias_act_backward(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _bias_act_backward(grad_output, x, bias, act, alpha)
+    return registration.bias_act_backward(grad_output, x, bias, act, alpha)
 
 
 def blame_reduce(
@@ -159,7 +149,7 @@ def blame_reduce(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _blame_reduce(activation, error, unit_dim, gradient)
+    return registration.blame_reduce(activation, error, unit_dim, gradient)
 
 
 def blame_settle(
@@ -207,7 +197,7 @@ def blame_settle(
     number = _kind_number.get(kind)
     if number is None:
         raise RuntimeError(f"kind: expected {', '.join(BLAME_KINDS)}, got {kind}")
-    return _blame_settle(contribution, losses, labels, n_classes, scale, number, sizes)
+    return registration.blame_settle(contribution, losses, labels, n_classes, scale, number, sizes)
 
 
 def conv_grad_weight(
@@ -242,7 +232,7 @@ def conv_grad_weight(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _conv_grad_weight(grad_output, x, kernel, stride, padding, dilation, groups)
+    return registration.conv_grad_weight(grad_output, x, kernel, stride, padding, dilation, groups)
 
 
 def elementwise_backward(
@@ -270,7 +260,7 @@ def elementwise_backward(
         KeyError: There is no such function.
         RuntimeError: An argument is not as described.
     """
-    return _elementwise_backward(grad_output, kept, _function_number[function], a, b)
+    return registration.elementwise_backward(grad_output, kept, _function_number[function], a, b)
 
 
 def softmax_backward(grad_output: Tensor, output: Tensor, logarithm: bool = False) -> Tensor:
@@ -287,7 +277,7 @@ def softmax_backward(grad_output: Tensor, output: Tensor, logarithm: bool = Fals
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _softmax_backward(grad_output, output, logarithm)
+    return registration.softmax_backward(grad_output, output, logarithm)
 
 
 def layer_norm_backward(
@@ -318,7 +308,7 @@ def layer_norm_backward(
     Raises:
         RuntimeError: An argument is not as described.
     """
-    return _layer_norm_backward(grad_output, x, mean, rstd, weight, dims)
+    return registration.layer_norm_backward(grad_output, x, mean, rstd, weight, dims)
 
 
 def status() -> dict[str, str | bool]:
@@ -331,9 +321,9 @@ def status() -> dict[str, str | bool]:
     """
     return {
         "extension": HAS_EXT,
-        "reason": _why_not,
-        "isa": "reference" if _extension is None else _extension.isa,
-        "cuda": _extension is not None and bool(_extension.with_cuda),
-        "built_with": "" if _extension is None else _extension.built_with,
+        "reason": why_not,
+        "isa": "reference" if extension is None else extension.isa,
+        "cuda": extension is not None and bool(extension.with_cuda),
+        "built_with": "" if extension is None else extension.built_with,
         "torch": str(torch.__version__),
     }
