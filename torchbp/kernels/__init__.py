@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .linear import linear_backward
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
@@ -32,6 +33,7 @@ __all__ = [
     "conv_grad_weight",
     "elementwise_backward",
     "layer_norm_backward",
+    "linear_backward",
     "softmax_backward",
     "status",
 ]

@@ -193,27 +193,35 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether compiled operators take them: no subclass such as DTensor, which brings its own.
 
     ``has_torch_function`` does not tell in a backward pass that ``DTensor.backward`` has started.
     """
     for tensor in tensors:
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in PLAIN:
             return False
     return True
 
 
 def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
-    """Whether a compiled backward takes these: the CPU has one, for first derivatives."""
+    """Whether a compiled backward takes these: the CPU has one, for first derivatives.
+
+    Asked in every backward, where Python runs several times slower than in a loop of its own, so
+    that what is cheap comes first, and nothing is asked twice.
+    """
     return (
         kernels.HAS_EXT
         and not is_grad_enabled()
-        and x.device.type == "cpu"
-        and grad_output.dtype == x.dtype
+        and x.is_cpu
         and x.dtype in DTYPES
+        and grad_output.dtype is x.dtype
+        and type(x) in PLAIN
+        and type(grad_output) in PLAIN
         and not is_compiling()
-        and is_plain(grad_output, x)
     )
 
 

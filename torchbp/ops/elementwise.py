@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from torchbp import kernels
+from torchbp.kernels import registration
+from torchbp.kernels.reference import ELEMENTWISE
 from torchbp.kernels.reference_common import DTYPES
-from torchbp.ops.base import Op, is_plain, vanishes, wide
+from torchbp.ops.base import PLAIN, Op, vanishes, wide
 from torchbp.ops.relevance import passes
 
 _FUSED_DEVICES = (
@@ -126,11 +128,15 @@ def _setup_context(keep: Callable[..., Tensor]) -> Callable[..., None]:
 
 
 def _backward(tangent: Callable[..., Tensor], fused: str | None) -> Callable[..., Any]:
+    kernel = registration.elementwise_backward
+    number = list(ELEMENTWISE).index(fused) if fused else -1
+
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (kept,) = ctx.saved_tensors
         settings = ctx.settings
-        if fused and not torch.is_grad_enabled() and can_fuse(kept, grad_output):
-            grad_input = kernels.elementwise_backward(grad_output, kept, fused, *settings)
+        if fused and not is_grad_enabled() and can_fuse(kept, grad_output):
+            a, b = (*settings, 0.0, 0.0)[:2] if settings else (0.0, 0.0)
+            grad_input = kernel(grad_output, kept, number, a, b)
         else:
             # f has real coefficients, so conj(f'(x)) = f'(conj(x)).
             grad_input = tangent_of(tangent, grad_output, kept.conj(), settings)
@@ -172,9 +178,9 @@ def can_fuse(*tensors: Tensor) -> bool:
     if dtype not in DTYPES or tensors[0].device.type not in _FUSED_DEVICES or is_compiling():
         return False
     for tensor in tensors:  # this is called every time, and all() takes three times as long
-        if tensor.dtype is not dtype:
+        if tensor.dtype is not dtype or type(tensor) not in PLAIN:
             return False
-    return is_plain(*tensors)
+    return True
 
 
 def tangent_of(

@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchbp import kernels
 from torchbp.ops.arithmetic import MatMul
-from torchbp.ops.base import Op, add_tangents, cast, midpoint, sum_to
+from torchbp.ops.base import (
+    PLAIN,
+    Op,
+    add_tangents,
+    can_use_kernel,
+    cast,
+    midpoint,
+    sum_to,
+)
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient, weighted
 from torchbp.ops.sample_factors import Factors, Outer, Rows
@@ -45,6 +54,16 @@ class Linear(Op):
         if x.is_complex():
             x, weight = x.conj(), weight.conj()
         rows = _rows(grad_output)
+        if _multiplies(grad_output, x, weight):
+            grads = kernels.linear_backward(
+                rows, _rows(x), weight, needs_x, needs_weight, needs_bias
+            )
+            of_x = grads[0] if needs_x else None
+            return (
+                of_x if of_x is None or x.dim() == 2 else of_x.view(x.shape),
+                grads[1] if needs_weight else None,
+                grads[2] if needs_bias else None,
+            )
         of_x = rows.mm(weight) if needs_x else None
         return (
             of_x if of_x is None or x.dim() == 2 else of_x.view(x.shape),
@@ -80,6 +99,16 @@ class Linear(Op):
         x, _, bias = args
         of_bias = None if bias is None else Rows(grad_output, bias.shape, bias)
         return None, Outer(grad_output, x), of_bias
+
+
+def _multiplies(grad_output: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled product takes these."""
+    return (
+        can_use_kernel(grad_output, x)
+        and x.dtype in (torch.float32, torch.float64)
+        and weight.dtype is x.dtype
+        and type(weight) in PLAIN
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:
