@@ -22,7 +22,7 @@ namespace torchbp {
 static Tensor elementwise_backward_cpu(const Tensor& grad_, const Tensor& kept_, int64_t function,
                                        double a, double b) {
   check_elementwise(grad_, kept_, function);
-  const Tensor result = torch::stable::empty_like(kept_);
+  const Tensor result = fresh_like(kept_);
   const Tensor kept = with_strides_of(kept_, result), grad = with_strides_of(grad_, result);
   with_scalar(kept.scalar_type(), "kept", [&](auto scalar) {
     using T = decltype(scalar);

@@ -58,11 +58,11 @@ class Multiply {
       std::fill_n(p_.c, p_.rows * p_.columns, T(0));
       return;
     }
+    if (work < 65536) return part(0, p_.rows, 0, p_.columns);
     const bool by_rows = p_.rows >= p_.columns;
     const int64_t unit = by_rows ? loops_.highest : loops_.lanes;
     const int64_t units = ceil_div(by_rows ? p_.rows : p_.columns, unit);
     const int64_t parts = std::min<int64_t>(units, torch::stable::get_num_threads());
-    if (work < 65536 || parts == 1) return part(0, p_.rows, 0, p_.columns);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       const int64_t from = units * begin / parts * unit, to = units * end / parts * unit;
       if (by_rows)
@@ -169,9 +169,9 @@ static std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& g_, 
   check_linear(g_, x_, weight_);
   const int64_t rows = x_.size(0), inputs = x_.size(1), outputs = weight_.size(0);
   const Tensor g = packed(g_);
-  const Tensor grad_x = torch::stable::new_empty(g, {of_x ? rows : 0, inputs});
-  const Tensor grad_weight = torch::stable::new_empty(g, {of_weight ? outputs : 0, inputs});
-  const Tensor grad_bias = torch::stable::new_empty(g, {of_bias ? outputs : 0});
+  const Tensor grad_x = fresh_matrix(g, of_x ? rows : 0, inputs);
+  const Tensor grad_weight = fresh_matrix(g, of_weight ? outputs : 0, inputs);
+  const Tensor grad_bias = fresh_vector(g, of_bias ? outputs : 0);
   const auto run = [&](auto scalar) {
     using T = decltype(scalar);
     if (of_x) {

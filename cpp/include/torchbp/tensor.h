@@ -50,6 +50,35 @@ inline void check_same_shape(const Tensor& t, const char* name, const Tensor& li
   STD_TORCH_CHECK(t.sizes().equals(like.sizes()), name, ": expected the shape of ", like_name);
 }
 
+// An empty tensor of the dtype and device of `like`. torch::stable::new_empty and empty_like look
+// an operator up by its name on every call, which a small tensor takes longer for than its work.
+inline Tensor fresh(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                    int64_t dims) {
+  int32_t dtype, device, index;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
+                      aoti_torch_get_device_type(like.get(), &device) == 0 &&
+                      aoti_torch_get_device_index(like.get(), &index) == 0,
+                  "cannot tell the dtype and the device of a tensor");
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &handle) == 0,
+      "cannot allocate a tensor");
+  return Tensor(handle);
+}
+inline Tensor fresh_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return fresh(like, &size, &stride, 1);
+}
+inline Tensor fresh_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+  return fresh(like, sizes, strides, 2);
+}
+// Strides as of torch.empty_like.
+inline Tensor fresh_like(const Tensor& t) {
+  return t.is_contiguous() ? fresh(t, t.sizes().data(), t.strides().data(), t.dim())
+                           : torch::stable::empty_like(t);
+}
+
 // `t` itself where it is contiguous: asking costs less than the operator that would return it.
 inline Tensor packed(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
