@@ -47,9 +47,9 @@ def cnn() -> Case:
 class Encoder(nn.Module):
     """Four encoder layers over sequences of 64, one label per sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout, batch_first=True)
         self.body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
         self.head = nn.Linear(256, 10)
 

@@ -1,0 +1,1 @@
+"""Cases of benchmarks/kernels.py, a file per family."""
