@@ -115,9 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument(
-        "--only", default="", help="one family: a file of kernel_cases, or compiled"
-    )
+    parser.add_argument("--only", default="", help="a file of kernel_cases, or compiled")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
