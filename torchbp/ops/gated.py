@@ -52,7 +52,7 @@ class Gated(Op):
 
     @staticmethod
     def forward(value: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-        if can_fuse(value) if gate is None else can_fuse(value, gate):
+        if can_fuse(value, value if gate is None else gate):
             return kernels.gated(value, gate, activation)
         a, b = _factors(value, gate)
         return a * _FORWARD[activation](b)
@@ -67,7 +67,8 @@ class Gated(Op):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         value, gate = ctx.saved_tensors
         needs_value, needs_gate, _ = ctx.needs_input_grad
-        if not torch.is_grad_enabled() and can_fuse(value, grad_output):
+        fused = can_fuse(value, grad_output, value if gate is None else gate)
+        if fused and not torch.is_grad_enabled():
             of_value, of_gate = kernels.gated_backward(grad_output, value, gate, ctx.activation)
         else:
             of_value, of_gate = _gradients(grad_output, *_factors(value, gate), ctx.activation)
@@ -208,7 +209,7 @@ def gated(input: Tensor, gate: Tensor | None = None, activation: str = "silu") -
     Args:
         input: ``(*, features)``, or ``(*, 2 features)`` without a gate: first what is scaled, then
             the gate, as for :func:`torch.nn.functional.glu`.
-        gate: the shape and dtype of ``input``.
+        gate: the shape of ``input``.
         activation: ``identity``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``tanh`` or
             ``sigmoid``.
 
@@ -216,8 +217,8 @@ def gated(input: Tensor, gate: Tensor | None = None, activation: str = "silu") -
         ``(*, features)``.
 
     Raises:
-        ValueError: the activation is unknown, the shapes or dtypes differ, or there is no gate and
-            the last dimension is odd.
+        ValueError: the activation is unknown, the shapes differ, or there is no gate and the last
+            dimension is odd.
     """
     if activation not in kernels.GATES:
         raise ValueError(
@@ -229,9 +230,9 @@ def gated(input: Tensor, gate: Tensor | None = None, activation: str = "silu") -
                 "gated: without a gate the last dimension must be even, but got shape "
                 f"{tuple(input.shape)}"
             )
-    elif gate.shape != input.shape or gate.dtype != input.dtype:
+    elif gate.shape != input.shape:
         raise ValueError(
-            f"gated: gate must be like input, {tuple(input.shape)} of {input.dtype}, but got "
-            f"{tuple(gate.shape)} of {gate.dtype}"
+            f"gated: gate must have the shape of input, {tuple(input.shape)}, but got "
+            f"{tuple(gate.shape)}"
         )
     return Gated.call(input, gate, activation)
