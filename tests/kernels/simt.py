@@ -153,6 +153,8 @@ def family(name: str) -> Any:
     def fixture(pytestconfig: pytest.Config) -> Family:
         if COMPILER is None:
             pytest.skip("needs g++")
+        if torch.get_default_device().type != "cpu":
+            pytest.skip("runs the CUDA source on the CPU")
         folder = Path(pytestconfig.cache.mkdir("simt"))
         if name not in _built:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
