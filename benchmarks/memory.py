@@ -3,7 +3,7 @@
 ``python benchmarks/memory.py [--layers NAME...] [--no-step]``
 
 Saved bytes come from saved-tensor hooks: every storage once, without those of parameters and
-buffers. "Beyond" leaves out the storages of the layer's inputs and output as well, which mostly live
+buffers. "Beyond" leaves out the storages of the layer's inputs and output too, which mostly live
 anyway. The peak is that of the allocator's events in one training step: the running sum of what is
 allocated and freed (activations, gradients, temporary tensors), on top of the parameters.
 """
@@ -74,8 +74,8 @@ MORE: dict[str, tuple[Make, Inputs]] = {
     **_each("LSTMCell", lambda: (r(64, 64),), 64, 64),
     **{f"{pad}Pad{d}d": _like(f"{pad}Pad{d}d", x, 1, *([0.5] if pad == "Constant" else []))
        for pad in PADS for d, x in BY_DIMS},
-    **{f"{kind}{d}d": _like(f"{kind}{d}d", x, 2)
-       for kind in ("AdaptiveAvgPool", "AdaptiveMaxPool", "AvgPool", "MaxPool") for d, x in BY_DIMS},
+    **{f"{pool}Pool{d}d": _like(f"{pool}Pool{d}d", x, 2)
+       for pool in ("AdaptiveAvg", "AdaptiveMax", "Avg", "Max") for d, x in BY_DIMS},
     **{f"LPPool{d}d": _like(f"LPPool{d}d", x, 2, 2) for d, x in BY_DIMS},
     **{f"MaxUnpool{d}d": _like(f"MaxUnpool{d}d", _unpooled(d), 2) for d in (1, 2, 3)},
     **{f"{norm}Norm{d}d": _like(f"{norm}Norm{d}d", x, x()[0].shape[1])
@@ -116,10 +116,8 @@ MORE: dict[str, tuple[Make, Inputs]] = {
     **_each("AdaptiveLogSoftmaxWithLoss", lambda: (r(64, 32), torch.randint(100, (64,))),
             32, 100, [10, 50]),
     **_each("LinearCrossEntropyLoss", lambda: (r(64, 32), torch.randint(100, (64,))), 32, 100),
-    **_each("TransformerEncoderLayer TransformerDecoderLayer", lambda: (r(16, 4, 64),) * 2,
-            64, 4, 128),
+    **_each("TransformerDecoderLayer", lambda: (r(16, 4, 64),) * 2, 64, 4, 128),
     **_each("Transformer", lambda: (r(16, 4, 64), r(16, 4, 64)), 64, 4, 1, 1, 128),
-    "TransformerEncoderLayer": _like("TransformerEncoderLayer", lambda: (r(16, 4, 64),), 64, 4, 128),
     "TransformerEncoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128), 2),
         lambda: (r(16, 4, 64),)),
@@ -234,7 +232,8 @@ def main() -> None:
     if options.no_step:
         return
     print(
-        "\n| encoder step, 4 layers, d 256, 64 x 8 | torch MiB | torchbp MiB | ratio | with parameters |"
+        "\n| encoder step, 4 layers, d 256, 64 x 8 | torch MiB | torchbp MiB | ratio |"
+        " with parameters |"
     )
     print("|---|--:|--:|--:|--:|")
     for dropout in (0.1, 0.0):

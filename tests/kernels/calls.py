@@ -57,9 +57,30 @@ SMALL: dict[str, dict[str, Arguments]] = {
         "depthwise": (sample(2, 3, 4, 5), IMAGE, [3, 3], [1, 1], [1, 1], [1, 1], 3),
         "one dim": (sample(2, 4, 3), sample(2, 2, 7), [3], [2], [0], [1], 2),
     },
+    "dropout_apply": {
+        "": (X, torch.arange(4, dtype=torch.uint8) * 77, 1.25),
+        "image": (IMAGE, torch.arange(15, dtype=torch.uint8) * 17, 2.0),
+        "half": (B.half(), torch.tensor([21], dtype=torch.uint8), 2.0),
+    },
+    "dropout_bits": {
+        "": ((X > 0).int(),),
+        "image": (IMAGE > 0,),
+    },
     "elementwise_backward": {
         "": (X, X, 2, 0.0, 0.0),
         "image": (sample(2, 3, 4, 5), IMAGE.to(torch.bfloat16).float(), 7, 1.0, 20.0),
+    },
+    "gated": {
+        "": (X, X.flip(0), "silu"),
+        "packed": (IMAGE[:, :, :, :4], None, "gelu"),
+        "halves": (*sample(6, 8).chunk(2, -1), "sigmoid"),
+        "image": (IMAGE, IMAGE.contiguous(), "relu"),
+    },
+    "gated_backward": {
+        "": (X, X, X.flip(0), "gelu_tanh"),
+        "packed": (sample(2, 3, 4, 2), IMAGE[:, :, :, :4], None, "tanh"),
+        "halves": (sample(6, 4), *sample(6, 8).chunk(2, -1), "silu"),
+        "expanded": (sample(1).expand(2, 3, 4, 5), IMAGE, IMAGE.contiguous(), "relu"),
     },
     "layer_norm_backward": {
         "": (X, X, sample(6), sample(6).exp(), None, 1),
@@ -108,8 +129,21 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
         (sample(9, 32, 31, 31), sample(9, 16, 31, 31), *[[3, 3], [1, 1], [1, 1], [1, 1]], 1),
         (sample(9, 32, 31, 31), sample(9, 32, 31, 31), *[[3, 3], [1, 1], [1, 1], [1, 1]], 32),
     ],
+    "dropout_apply": lambda: [
+        (x := sample(*s), kernels.dropout_bits(x > 0), 1.25) for s in [(263, 257), (70_001,)]
+    ],
+    "dropout_bits": lambda: [((sample(*s) > 0).int(),) for s in [(263, 257), (70_001,)]],
     "elementwise_backward": lambda: [
         (sample(263, 257), sample(263, 257), f, 0.5, 1.5) for f in range(len(kernels.ELEMENTWISE))
+    ],
+    "gated": lambda: [
+        (sample(*s), gate, "gelu")
+        for s in [(4099, 66), (65, 4098), (1, 90_002)]
+        for gate in (None, sample(*s).flip(-1))
+    ],
+    "gated_backward": lambda: [
+        *((sample(s[0], s[1] // 2), sample(*s), None, "silu") for s in [(4099, 66), (1, 90_002)]),
+        (x := sample(263, 257), x, x.flip(0), "silu"),
     ],
     "layer_norm_backward": lambda: [
         (x := sample(*s), x, mean, torch.ones(s[0]), sample(s[1]), 1)

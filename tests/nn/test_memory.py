@@ -17,9 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 memory = pytest.importorskip("memory")
 
 #: Layers that keep more storages alive, each with the reason.
-KEEP_INPUTS = (
-    "keeps its inputs, which exist anyway, where torch makes and keeps a tensor of its own"
-)
+KEEP_INPUTS = "keeps its inputs, which exist anyway, where torch keeps a tensor that it made"
 MORE_IN_ALL = {
     **dict.fromkeys(
         ("PairwiseDistance", "HingeEmbeddingLoss", "MarginRankingLoss", "TripletMarginLoss",

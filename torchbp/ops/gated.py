@@ -138,7 +138,8 @@ class GLU(Op):
             rows = math.prod(x.shape[: ctx.dim % x.dim()])
             matrix, g = (t.reshape(rows, t.numel() // max(rows, 1)) for t in (x, grad_output))
             return kernels.gated_backward(g, matrix, None, "sigmoid")[0].view(x.shape), None
-        return torch.cat(_gradients(grad_output, *x.chunk(2, ctx.dim), "sigmoid"), ctx.dim), None
+        a, b = x.chunk(2, ctx.dim)
+        return torch.cat(_gradients(grad_output, a, b, "sigmoid"), ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, _: Any) -> Tensor | None:
