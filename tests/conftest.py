@@ -3,15 +3,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from torchbp import kernels
+from torchbp.kernels import table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tensors of tests live: cpu or cuda")
+    parser.addoption("--extension", help="the folder that the extension must come from")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if missing := missing_for_cuda():
             raise pytest.UsageError(f"--device {device}: {missing}")
     torch.set_default_device(device)
+    wanted, found = config.getoption("extension"), getattr(table.extension, "__file__", None)
+    if wanted and not Path(str(found)).is_relative_to(config.rootpath / wanted):
+        raise pytest.UsageError(f"--extension {wanted}: loaded {found}")
 
 
 def missing_for_cuda() -> str:

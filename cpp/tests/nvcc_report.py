@@ -40,8 +40,9 @@ class Usage:
 
 
 def toolkit() -> tuple[str, list[str]]:
-    """nvcc and the flags of setup.py, or an exit with what is missing."""
+    """Find nvcc and the flags of setup.py, or say what is missing and exit."""
     os.environ["TORCHBP_CUDA"] = "1"
+    os.environ.pop("TORCHBP_SANITIZE", None)
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     import setup
