@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.startswith("cuda"):
         if missing := missing_for_cuda():
             raise pytest.UsageError(f"--device {device}: {missing}")
-    torch.set_default_device(device)
+    if device != "cpu":  # which would be a torch-function mode
+        torch.set_default_device(device)
     wanted, found = config.getoption("extension"), getattr(table.extension, "__file__", None)
     if wanted and not Path(str(found)).is_relative_to(config.rootpath / wanted):
         raise pytest.UsageError(f"--extension {wanted}: loaded {found}")
