@@ -5,6 +5,8 @@ The extension is optional: where it cannot be built, installing goes on without 
 Environment:
     TORCHBP_NO_EXT=1         do not build it
     TORCHBP_CUDA=0|1|auto    leave out, demand, or (default) add the CUDA kernels where possible
+    TORCHBP_SANITIZE=...     compile with -fsanitize=..., say address,undefined or thread: for tests,
+                             see `make test-sanitizers`; CUDA kernels are left out
     TORCHBP_WERROR=1         warnings are errors, and a failed build fails the installation
 """
 
@@ -15,14 +17,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = "0x020d000000000000"  # 2.13
 OLDEST_PYTHON = "0x030A0000"  # 3.10
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 STRICT = os.environ.get("TORCHBP_WERROR") == "1"
-MUST_BUILD = STRICT or os.environ.get("TORCHBP_CUDA") == "1"
+SANITIZE = os.environ.get("TORCHBP_SANITIZE", "")
+MUST_BUILD = STRICT or bool(SANITIZE) or os.environ.get("TORCHBP_CUDA") == "1"
 
 
 def without(reason: object) -> dict:
@@ -40,8 +43,8 @@ def cuda_toolkit(torch_cuda: str | None, home: str | None) -> tuple[Path, Path] 
     wanted = os.environ.get("TORCHBP_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"TORCHBP_CUDA: expected 0, 1 or auto, got {wanted!r}")
-    if wanted == "0":
-        missing = "TORCHBP_CUDA=0"
+    if wanted == "0" or SANITIZE:
+        missing = "TORCHBP_SANITIZE is set" if SANITIZE else "TORCHBP_CUDA=0"
     elif torch_cuda is None:
         missing = "this torch has no CUDA"
     elif home is None or shutil.which(f"{home}/bin/nvcc") is None:
@@ -56,6 +59,16 @@ def cuda_toolkit(torch_cuda: str | None, home: str | None) -> tuple[Path, Path] 
         raise SystemExit(f"TORCHBP_CUDA=1, but {missing}")
     print(f"torchbp: CUDA kernels left out ({missing}).")
     return None
+
+
+def sanitize(ext: Extension) -> None:
+    """Let the program stop at its first error, and tell the line."""
+    flags = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    ext.extra_compile_args["cxx"] += [*flags, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    ext.extra_link_args = flags
+    if "thread" in SANITIZE:  # torch's threads are not instrumented, these are
+        ext.sources.append("cpp/tests/parallel_for.cpp")
+        ext.extra_link_args.append("-Wl,-Bsymbolic")
 
 
 def extension() -> dict:
@@ -106,7 +119,9 @@ def extension() -> dict:
     ext.include_dirs = [str(ROOT / "cpp"), str(ROOT / "cpp" / "include")]
     quiet = [flag for directory in system for flag in ("-isystem", directory)]
     ext.extra_compile_args = {"cxx": common + host + quiet, "nvcc": common + device + quiet}
-    if sys.platform.startswith("linux"):
+    if SANITIZE:
+        sanitize(ext)
+    elif sys.platform.startswith("linux"):
         ext.extra_link_args = ["-Wl,--exclude-libs,ALL", "-Wl,-s"]
 
     class OptionalBuild(cpp_extension.BuildExtension):
@@ -128,4 +143,5 @@ def extension() -> dict:
     }
 
 
-setup(**extension())
+if __name__ == "__main__":
+    setup(**extension())

@@ -116,3 +116,24 @@ def test_vmap_draws_for_each_entry_if_told_to(name):
     same, different = (torch.func.vmap(drop, randomness=r)(x) for r in ("same", "different"))
     assert all(torch.equal(row, same[0]) for row in same)
     assert not all(torch.equal(row, different[0]) for row in different)
+
+
+LAYOUTS = [
+    torch.randn(5, 7), torch.randn(5, 7).bfloat16(), torch.randn(4, 6)[:, ::2], torch.tensor(1.0),
+    torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(3, 5, 7).mT,
+    torch.randn(3, 5, 7).transpose(0, 1), torch.randn(3, 1, 7, 2).permute(3, 1, 0, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("x", LAYOUTS, ids=lambda x: f"{tuple(x.shape)}-{x.stride()}-{x.dtype}")
+def test_value_and_gradient_are_those_of_torch(x, p):
+    results = []
+    for home in (F, B):
+        torch.manual_seed(4)
+        leaf = x.detach().requires_grad_()
+        y = home.dropout(leaf, p)
+        (grad,) = torch.autograd.grad(y, leaf, torch.arange(1.0, 1 + x.numel()).view(x.shape).to(x))
+        results.append((y.detach(), grad, torch.get_rng_state()))
+    assert all(map(torch.equal, *results))
+    assert results[0][0].stride() == results[1][0].stride()

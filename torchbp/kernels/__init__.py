@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .dropout import dropout_apply, dropout_bits
+from .gated import GATES, gated, gated_backward
 from .linear import linear_backward
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
 __all__ = [
+    "GATES",
     "HAS_EXT",
     "KERNELS",
     "batch_norm_backward",
@@ -31,7 +34,11 @@ __all__ = [
     "blame_reduce",
     "blame_settle",
     "conv_grad_weight",
+    "dropout_apply",
+    "dropout_bits",
     "elementwise_backward",
+    "gated",
+    "gated_backward",
     "layer_norm_backward",
     "linear_backward",
     "softmax_backward",
