@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .add_norm import add_norm, add_norm_backward, bits_of
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
 __all__ = [
     "HAS_EXT",
     "KERNELS",
+    "add_norm",
+    "add_norm_backward",
     "batch_norm_backward",
     "bias_act",
     "bias_act_backward",
+    "bits_of",
     "blame_reduce",
     "blame_settle",
     "conv_grad_weight",
