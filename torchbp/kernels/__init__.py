@@ -66,7 +66,7 @@ def batch_norm_backward(
         mean: Shape ``[C]`` for batch norm, ``[N, groups]`` for group norm; float64 for float64
             ``x``, float32 for all others.
         rstd: ``1 / sqrt(variance + eps)``; shape and dtype of ``mean``.
-        weight: Shape ``[C]``, dtype of ``mean``; None for ones.
+        weight: Shape ``[C]``, dtype of ``x`` or ``mean``; None for ones.
         training: The statistics are those of ``x``; otherwise they are constants.
 
     Returns:
@@ -302,7 +302,8 @@ def layer_norm_backward(
         mean: One value for each row, in any shape; float64 for float64 ``x``, float32 for all
             others. None for RMS norm, which subtracts none.
         rstd: ``1 / sqrt(variance + eps)``; likewise.
-        weight: One value for each entry of a row, dtype as ``rstd``; None for ones.
+        weight: One value for each entry of a row, dtype as ``x`` or ``rstd``; None for
+            ones.
         dims: How many dims at the end make a row, over which ``x`` is normalised.
 
     Returns:

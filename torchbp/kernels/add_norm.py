@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference_common import check_alike, check_dtype, check_same, up
+from .reference_common import check_dtype, check_same, up
 from .table import add, vmap_one_by_one
 
 
@@ -272,4 +272,3 @@ def add_norm_backward(
         grad_output, grad_sum, sum, mean, rstd, weight, mask, p, dims
     )
     return results
-

@@ -15,6 +15,7 @@ from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
+    as_parameter,
     as_sums,
     per_channel,
     secant,
@@ -75,7 +76,7 @@ class BatchNorm(Op):
         if can_use_kernel(grad_output, x):
             if not ctx.training:
                 rstd = torch.rsqrt(wide(rstd) + ctx.eps)
-            w = None if weight is None else as_sums(weight, x)
+            w = as_parameter(weight, x)
             of_x, of_weight, of_bias = kernels.batch_norm_backward(
                 grad_output, x, as_sums(mean, x), as_sums(rstd, x), w, ctx.training
             )

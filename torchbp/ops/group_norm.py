@@ -18,6 +18,7 @@ from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
+    as_parameter,
     as_sums,
     per_channel,
     secant,
@@ -74,7 +75,7 @@ class GroupNorm(Op):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if can_use_kernel(grad_output, x):
-            w = None if weight is None else as_sums(weight, x)
+            w = as_parameter(weight, x)
             of_x, of_weight, of_bias = kernels.batch_norm_backward(
                 grad_output, x, as_sums(mean, x), as_sums(rstd, x), w, True
             )
