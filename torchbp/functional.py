@@ -12,7 +12,7 @@ from torchbp.ops.activation import (
     tanhshrink,
 )
 from torchbp.ops.activation_elu import celu, elu, selu
-from torchbp.ops.activation_pairs import glu, prelu, rrelu
+from torchbp.ops.activation_pairs import prelu, rrelu
 from torchbp.ops.activation_pieces import (
     hardshrink,
     hardsigmoid,
@@ -67,6 +67,7 @@ from torchbp.ops.dropout import (
 from torchbp.ops.embedding import embedding
 from torchbp.ops.embedding_bag import embedding_bag
 from torchbp.ops.fold import fold, unfold
+from torchbp.ops.gated import gated, glu
 from torchbp.ops.group_norm import group_norm, instance_norm
 from torchbp.ops.gru import gru
 from torchbp.ops.layer_norm import layer_norm, rms_norm
@@ -185,6 +186,7 @@ __all__ = [
     "fractional_max_pool2d_with_indices",
     "fractional_max_pool3d",
     "fractional_max_pool3d_with_indices",
+    "gated",
     "gaussian_nll_loss",
     "gelu",
     "glu",

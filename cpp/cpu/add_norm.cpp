@@ -32,7 +32,7 @@ namespace torchbp {
 template <class T>
 static void run(const AddNorm<T>& q) {
   const auto rows = TORCHBP_PICK(add_norm_rows<T>);
-  torch::stable::parallel_for(0, q.rows, ceil_div(16384, q.columns),
+  torch::stable::parallel_for(0, q.rows, ceil_div(16384, std::max<int64_t>(1, q.columns)),
                               [&](int64_t begin, int64_t end) { rows(q, begin, end); });
 }
 

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "torchbp/elementwise_check.h"
 
@@ -22,7 +23,7 @@ namespace torchbp {
 static Tensor elementwise_backward_cpu(const Tensor& grad_, const Tensor& kept_, int64_t function,
                                        double a, double b) {
   check_elementwise(grad_, kept_, function);
-  const Tensor result = torch::stable::empty_like(kept_);
+  const Tensor result = in_huge_pages(torch::stable::empty_like(kept_));
   const Tensor kept = with_strides_of(kept_, result), grad = with_strides_of(grad_, result);
   with_scalar(kept.scalar_type(), "kept", [&](auto scalar) {
     using T = decltype(scalar);

@@ -42,7 +42,7 @@ def arguments(shape: tuple[int, ...], dims: int, dtype: torch.dtype, way: str, a
     # None, in the dtype of x, or in that of sums.
     make = [lambda: None, lambda: torch.randn(inner).to(dtype),
             lambda: torch.randn(inner, dtype=sums_dtype(dtype))][affine]  # fmt: skip
-    bits = kernels.bits_of(torch.rand(shape) > 0.3) if way == "dropout" else None
+    bits = kernels.dropout_bits(torch.rand(shape) > 0.3) if way == "dropout" else None
     return x, None if way == "alone" else residual, bits, 0.3, make(), make()
 
 
@@ -85,7 +85,7 @@ def test_equals_torch(centre):
     else:
         y = F.rms_norm(total, (33,), weight, 1e-5) + bias
     expected = torch.autograd.grad((y, total), leaves, (g, g_sum))
-    bits = kernels.bits_of(kept)
+    bits = kernels.dropout_bits(kept)
     x, residual, weight, bias = (t.detach() for t in leaves)
     got = kernels.add_norm(x, residual, bits, p, weight, bias, 1, centre, 1e-5)
     torch.testing.assert_close(got[0], y, rtol=1e-12, atol=1e-12)
@@ -104,10 +104,10 @@ def test_the_sum_is_torchs_to_the_bit(dtype):
     torch.manual_seed(3)
     expected = F.dropout(x, 0.3) + residual
     torch.manual_seed(3)
-    bits = kernels.bits_of(torch.empty_like(x).bernoulli_(0.7))
+    bits = kernels.dropout_bits(torch.empty_like(x).bernoulli_(0.7).bool())
     got = kernels.add_norm(x, residual, bits, 0.3, None, None, 1, True, 1e-5)[1]
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    nothing = kernels.bits_of(torch.zeros_like(x, dtype=torch.bool))
+    nothing = kernels.dropout_bits(torch.zeros_like(x, dtype=torch.bool))
     everything_dropped = kernels.add_norm(
         residual, residual, nothing, 1.0, None, None, 1, True, 1e-5
     )
@@ -120,13 +120,14 @@ def test_strided_inputs():
     got = kernels.add_norm(x, residual, None, 0.0, weight, None, 1, True, 1e-5)
     packed = (t.contiguous() for t in (x, residual))
     expected = kernels.add_norm(*packed, None, 0.0, weight.contiguous(), None, 1, True, 1e-5)
-    assert all(map(torch.equal, got, expected))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", [(3001, 130), (40_000, 3), (3, 40_001)], ids=str)
 def test_results_do_not_depend_on_threads(shape):
     x, residual, g = torch.randn(3, *shape)
-    bits = kernels.bits_of(torch.rand(shape) > 0.3)
+    bits = kernels.dropout_bits(torch.rand(shape) > 0.3)
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

@@ -30,7 +30,7 @@ def test_forward(add_norm, shape, way, wide, centre, dtype):
     x, residual = torch.randn(2, *shape).to(dtype)
     residual = None if way == "alone" else residual
     weight, bias = torch.randn(2, shape[1]).to(sums_dtype(dtype) if wide else dtype)
-    bits = kernels.bits_of(torch.rand(shape) > 0.3) if way == "dropout" else None
+    bits = kernels.dropout_bits(torch.rand(shape) > 0.3) if way == "dropout" else None
     expected = kernels.add_norm(x, residual, bits, 0.3, weight, bias, 1, centre, 1e-3)
     y, total, mean, rstd = (unwritten(t) for t in expected)
     add_norm.forward(
@@ -54,7 +54,7 @@ def test_backward(add_norm, shape, way, wide, centre, dtype):
     rstd = torch.rand(shape[0], dtype=kept) + 0.5
     weight = torch.randn(shape[1]).to(kept if wide else dtype)
     grad_sum = None if way == "alone" else grad_sum
-    bits = kernels.bits_of(torch.rand(shape) > 0.3) if way == "dropout" else None
+    bits = kernels.dropout_bits(torch.rand(shape) > 0.3) if way == "dropout" else None
     expected = kernels.add_norm_backward(g, grad_sum, total, mean, rstd, weight, bits, 0.3, 1)
     grad, branch = unwritten(g), None if bits is None else unwritten(g)
     both = torch.full((2, shape[1]), float("nan"), dtype=kept)

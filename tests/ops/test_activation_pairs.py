@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import torchbp.functional as B
-from torchbp.ops.activation_pairs import GLU, PReLU, RReLU
+from torchbp.ops.activation_pairs import PReLU, RReLU
+from torchbp.ops.gated import GLU
 from torchbp.ops.relevance import Rule
 
 

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from . import registration
-from .add_norm import add_norm, add_norm_backward, bits_of
+from .add_norm import add_norm, add_norm_backward
+from .dropout import dropout_apply, dropout_bits
+from .gated import GATES, gated, gated_backward
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
 __all__ = [
+    "GATES",
     "HAS_EXT",
     "KERNELS",
     "add_norm",
@@ -30,11 +33,14 @@ __all__ = [
     "batch_norm_backward",
     "bias_act",
     "bias_act_backward",
-    "bits_of",
     "blame_reduce",
     "blame_settle",
     "conv_grad_weight",
+    "dropout_apply",
+    "dropout_bits",
     "elementwise_backward",
+    "gated",
+    "gated_backward",
     "layer_norm_backward",
     "softmax_backward",
     "status",
@@ -56,8 +62,6 @@ def batch_norm_backward(
     training: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of batch, group or instance norm; see `torchbp.ops.norm`.
-
-    Compiled for the CPU; every other device gets the PyTorch reference.
 
     Args:
         grad_output: The gradient of the result; shape, dtype and device of ``x``.
@@ -293,8 +297,6 @@ def layer_norm_backward(
     dims: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of layer norm or RMS norm, row by row; see `torchbp.ops.norm`.
-
-    Compiled for the CPU; every other device gets the PyTorch reference.
 
     Args:
         grad_output: The gradient of the result; shape, dtype and device of ``x``.

@@ -12,22 +12,6 @@ from .reference_common import check_dtype, check_same, up
 from .table import add, vmap_one_by_one
 
 
-def bits_of(kept: Tensor) -> Tensor:
-    """A mask of one bit for each element: element ``i`` is bit ``i % 8`` of byte ``i // 8``.
-
-    Args:
-        kept: True where the bit is to be set; any shape, read in order.
-
-    Returns:
-        uint8, ``[ceil(kept.numel() / 8)]``.
-    """
-    flat = kept.reshape(-1).bool()
-    count = -(-flat.numel() // 8)
-    padded = torch.nn.functional.pad(flat, (0, 8 * count - flat.numel())).view(count, 8)
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
-    return (padded * places).sum(1, dtype=torch.uint8)
-
-
 def noise_of(bits: Tensor, p: float, like: Tensor) -> Tensor:
     """What dropout multiplies a tensor ``like`` this by: 0, or ``1 / (1 - p)`` where kept."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -212,8 +196,8 @@ def add_norm(
     Args:
         x: Any shape; float32, float64, bfloat16 or float16.
         residual: Shape, dtype and device of ``x``; None normalises ``x`` itself.
-        mask: One bit for each element of ``x``, uint8 (see `bits_of`): set where dropout keeps it;
-            None without dropout.
+        mask: One bit for each element of ``x``, set where dropout keeps it, as
+            `torchbp.kernels.dropout_bits` packs them; None without dropout.
         p: The probability that dropout zeroes an element.
         weight: One value for each entry of a row, in the dtype of ``x`` or that of sums (float64
             for float64, float32 for all others); None for ones.

@@ -1,4 +1,4 @@
-"""Activation functions of more than one tensor or element: PReLU, RReLU and GLU."""
+"""Activation functions of more than one tensor: PReLU and RReLU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp import kernels
-from torchbp.ops.activation import Sigmoid, plain
+from torchbp.ops.activation import plain
 from torchbp.ops.activation_pieces import leaky_relu
 from torchbp.ops.base import Op, add_tangents, midpoint
-from torchbp.ops.elementwise import can_fuse, in_place
+from torchbp.ops.elementwise import in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
-from torchbp.ops.relevance import Rule, passes
+from torchbp.ops.relevance import passes
 from torchbp.ops.sample_factors import Factors, of_channels
 
 
@@ -131,60 +130,6 @@ class RReLU(Op):
         return m_x, (multiplier * midpoint(x, x0)).masked_fill(differ, 0)
 
 
-class GLU(Op):
-    """``y = a σ(b)`` with the halves a and b of x along one dimension (Dauphin et al., 2017).
-
-    Backward: ``∂a = g σ(b)``, ``∂b = g a σ(b) (1 - σ(b))``. Secant: each factor weighted by the
-    other's midpoint, composed with the secant of σ. Relevance: all of it to a; the gate b scales
-    what passes and gets none (Arras et al., 2017).
-    """
-
-    @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        return F.glu(x, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.dim = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors[0].chunk(2, ctx.dim)
-        s = torch.sigmoid(b)
-        if not torch.is_grad_enabled() and can_fuse(s, grad_output):
-            grad_b = kernels.elementwise_backward(grad_output, s, "sigmoid").mul_(a)
-        else:
-            grad_b = grad_output * a * (s * (1 - s))
-        return torch.cat([grad_output * s, grad_b], ctx.dim), None
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, _: Any) -> Tensor | None:
-        if tx is None:
-            return None
-        (a, b), (ta, tb) = (t.chunk(2, ctx.dim) for t in (ctx.saved_tensors[0], tx))
-        s = torch.sigmoid(b)
-        return s * (ta + tb * a * (1 - s))
-
-    @staticmethod
-    def secant(
-        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
-    ) -> tuple[Tensor | None, ...]:
-        dim = args[1]
-        (a, b), (a0, b0) = args[0].chunk(2, dim), args0[0].chunk(2, dim)
-        s, s0 = torch.sigmoid(b), torch.sigmoid(b0)
-        m_b = Sigmoid.secant(multiplier * midpoint(a, a0), (b,), (b0,), s, s0)[0]
-        assert m_b is not None
-        return torch.cat([multiplier * midpoint(s, s0), m_b], dim), None
-
-    @classmethod
-    def relevance(
-        cls, relevance: Tensor, rule: Rule, args: tuple[Any, ...], output: Any
-    ) -> tuple[Tensor | None, ...]:
-        return torch.cat([relevance, torch.zeros_like(relevance)], args[1]), None
-
-
 def _prelu_samples(make: Maker) -> Iterator[Sample]:
     yield sample(make(3, 4), make(1))
     yield sample(make(3, 4), make(4))
@@ -260,27 +205,3 @@ def rrelu(
         return leaky_relu(input, (lower + upper) / 2, inplace)
     result = RReLU.call(input, _slopes(input, lower, upper))
     return in_place(input, result) if inplace else result
-
-
-def _glu_samples(make: Maker) -> Iterator[Sample]:
-    yield sample(make(3, 4))
-    yield sample(make(4, 3), dim=0)
-    yield sample(make(2, 6, 2), dim=-2)
-    yield sample(make(0, 4))
-
-
-@register(F.glu, modules=[nn.GLU], samples=_glu_samples)
-def glu(input: Tensor, dim: int = -1) -> Tensor:
-    """``a σ(b)`` with the halves of ``input``, as :func:`torch.nn.functional.glu`.
-
-    Args:
-        input: any shape whose size along ``dim`` is even.
-        dim: the dimension to halve.
-
-    Returns:
-        The shape of ``input`` with half the size along ``dim``.
-
-    Raises:
-        RuntimeError: the size along ``dim`` is odd, or ``input`` is a scalar.
-    """
-    return GLU.call(input, dim)

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from torchbp import kernels
-from torchbp.kernels.add_norm import bits_of, noise_of
+from torchbp.kernels.add_norm import noise_of
 from torchbp.ops.base import wide
-from torchbp.ops.dropout import _keeps_all, _noise, dropout
+from torchbp.ops.dropout import _keeps_all, _kept, dropout
 from torchbp.ops.layer_norm import layer_norm, rms_norm
 from torchbp.ops.norm import (
     Moments,
@@ -184,11 +184,11 @@ def add_norm(
     if norm not in ("layer", "rms"):
         raise ValueError(f"add_norm: norm must be layer or rms, but got {norm!r}")
     shape, keeps = tuple(normalized_shape), _keeps_all(input, p, training)
-    if _fuses(input, residual, shape, weight, bias):
+    if (keeps or p < 1) and _fuses(input, residual, shape, weight, bias):
         if eps is None:
             float32 = torch.float32 if input.dtype != torch.float64 else torch.float64
             eps = 1e-5 if norm == "layer" else torch.finfo(float32).eps
-        bits = None if keeps else bits_of(_noise(input, p).expand(input.shape))
+        bits = None if keeps else kernels.dropout_bits(_kept(input, p))
         y, total = AddNorm.apply(
             input, residual, bits, 0.0 if keeps else p, weight, bias, len(shape), norm == "layer",
             eps,

@@ -204,12 +204,14 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
-def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
-    """Whether a compiled backward takes these: the CPU has one, for first derivatives."""
+def can_use_kernel(
+    grad_output: Tensor, x: Tensor, devices: frozenset[str] = frozenset({"cpu"})
+) -> bool:
+    """Whether a compiled backward, which those devices have, takes these: for first derivatives."""
     return (
         kernels.HAS_EXT
         and not is_grad_enabled()
-        and x.device.type == "cpu"
+        and x.device.type in devices
         and grad_output.dtype == x.dtype
         and x.dtype in DTYPES
         and not is_compiling()

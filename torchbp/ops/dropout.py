@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
+from torchbp import kernels
 from torchbp.ops.base import Op
-from torchbp.ops.elementwise import in_place
+from torchbp.ops.elementwise import can_fuse, in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import passes
 
@@ -52,6 +57,51 @@ class Dropout(Op):
     ) -> tuple[Tensor | None, ...]:
         noise, noise0 = args[1], args0[1]
         return multiplier * ((noise + noise0) / 2), None
+
+
+class BitDropout(Op):
+    """``y = x ⊙ scale bits``: :class:`Dropout` that keeps one bit for each element.
+
+    x is contiguous; the bits, in its order, and the scale ``1 / (1 - p)`` are drawn outside and
+    count as constants. Backward and secant: ``∂x = g ⊙ scale bits``.
+    """
+
+    relevance = classmethod(passes)
+
+    @staticmethod
+    def forward(x: Tensor, bits: Tensor, scale: float) -> Tensor:
+        return kernels.dropout_apply(x, bits, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, bits, ctx.scale = inputs
+        ctx.save_for_backward(bits)
+        ctx.save_for_forward(bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        if not torch.is_grad_enabled() and can_fuse(grad_output):
+            return kernels.dropout_apply(grad_output, bits, ctx.scale), None, None
+        return grad_output * _unpacked(grad_output, bits, ctx.scale), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, *_: Any) -> Tensor | None:
+        (bits,) = ctx.saved_tensors
+        return None if tx is None else tx * _unpacked(tx, bits, ctx.scale)
+
+    @staticmethod
+    def secant(
+        multiplier: Tensor, args: tuple[Any, ...], args0: tuple[Any, ...], output: Any, output0: Any
+    ) -> tuple[Tensor | None, ...]:
+        noise, noise0 = (_unpacked(multiplier, bits, scale) for _, bits, scale in (args, args0))
+        return multiplier * ((noise + noise0) / 2), None, None
+
+
+def _unpacked(like: Tensor, bits: Tensor, scale: float) -> Tensor:
+    """The factors that the bits stand for."""
+    ones = torch.ones(like.shape, dtype=like.dtype, device=like.device)
+    return kernels.dropout_apply(ones, bits, scale)
 
 
 class AlphaDropout(Op):
@@ -117,6 +167,42 @@ def _noise(x: Tensor, p: float) -> Tensor:
     return torch.empty_like(x, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
 
 
+@cache
+def _scale(p: float, dtype: torch.dtype) -> float:
+    """``1 / (1 - p)`` as torch rounds it in that dtype."""
+    return float(torch.ones((), dtype=dtype).div_(1 - p).item())
+
+
+def _kept(x: Tensor, p: float) -> Tensor:
+    """The mask of :func:`_noise`; torch draws the same numbers for every dtype."""
+    if x.is_cuda:
+        return torch.native_dropout(x.detach(), p, True)[1]
+    return torch.empty_like(x, dtype=torch.int32, requires_grad=False).bernoulli_(1 - p)
+
+
+def _drop(x: Tensor, p: float) -> Tensor:
+    """Dropout of elements; with bits wherever nobody but autograd sees what is drawn."""
+    if (
+        p == 1
+        or not can_fuse(x)
+        or has_torch_function((x,))
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return Dropout.call(x, _noise(x, p))
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return F.dropout(x, p)
+    scale = _scale(p, x.dtype)
+    if x.is_contiguous():
+        return BitDropout.call(x, kernels.dropout_bits(_kept(x, p)), scale)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if not x.permute(order).is_contiguous():
+        return Dropout.call(x, _noise(x, p))
+    bits = kernels.dropout_bits(_kept(x, p).permute(order))
+    back = [order.index(d) for d in range(x.dim())]
+    return BitDropout.call(x.permute(order), bits, scale).permute(back)
+
+
 def _channel_noise(x: Tensor, p: float, batched: bool = True) -> Tensor:
     """Zeros and ones, one for each channel, drawn as torch's feature dropouts draw them."""
     kept = 2 if batched else 1
@@ -156,7 +242,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if _keeps_all(input, p, training):
         return input
-    result = Dropout.call(input, _noise(input, p))
+    result = _drop(input, p)
     return in_place(input, result) if inplace else result
 
 

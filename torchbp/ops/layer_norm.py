@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp import kernels
-from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
+from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     as_parameter,
     as_sums,
     can_normalise,
+    has_backward,
     secant,
     shares,
     sum_over,
@@ -88,7 +89,7 @@ class LayerNorm(Op):
             return (None,) * 5
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if can_use_kernel(grad_output, x):
+        if has_backward(grad_output, x):
             w = as_parameter(weight, x)
             of_x, of_weight, of_bias = kernels.layer_norm_backward(
                 grad_output, x, as_sums(mean, x), as_sums(rstd, x), w, len(ctx.shape)
@@ -247,7 +248,7 @@ class RMSNorm(Op):
             x, weight = x.conj(), None if weight is None else weight.conj()
         over = _over(x, ctx.shape)
         of_x = of_weight = None
-        if can_use_kernel(grad_output, x):
+        if has_backward(grad_output, x):
             if rstd is None:
                 rstd = _root_mean_square(x, over, ctx.eps)
             of_x, of_weight, _of_bias = kernels.layer_norm_backward(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchbp.ops.base import add_tangents, midpoint
-from torchbp.ops.elementwise import can_fuse
+from torchbp.ops.base import add_tangents, can_use_kernel, midpoint
+from torchbp.ops.elementwise import _FUSED_DEVICES, can_fuse
 from torchbp.ops.relevance import Rule, quotient
 
 
@@ -130,6 +130,11 @@ def can_normalise(x: Tensor, shape: Sequence[int], *others: Tensor | None) -> bo
         return False
     given = [t for t in others if t is not None]
     return can_fuse(x, *given) and all(t.shape in (x.shape, tuple(shape)) for t in given)
+
+
+def has_backward(grad_output: Tensor, x: Tensor) -> bool:
+    """Whether the compiled backward of the norms takes these."""
+    return can_use_kernel(grad_output, x, _FUSED_DEVICES)
 
 
 def as_parameter(tensor: Tensor | None, x: Tensor) -> Tensor | None:
