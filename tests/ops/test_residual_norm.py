@@ -69,9 +69,7 @@ def test_one_gradient_alone(wanted):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.skipif(
-    not kernels.HAS_EXT, reason="the parts save for themselves"
-)
+@pytest.mark.skipif(not kernels.HAS_EXT, reason="the parts save for themselves")
 def test_it_saves_the_sum_and_a_bit_for_each_element():
     x, residual, weight, bias = leaves(torch.float32, 8, 40)
     sizes = []
