@@ -36,6 +36,7 @@ from torchbp.ops.adaptive_max_pool import (
     fractional_max_pool3d,
     fractional_max_pool3d_with_indices,
 )
+from torchbp.ops.add_norm import add_norm
 from torchbp.ops.arithmetic import div, matmul, mul
 from torchbp.ops.attention import scaled_dot_product_attention
 from torchbp.ops.avg_pool import (
@@ -139,6 +140,7 @@ __all__ = [
     "adaptive_max_pool3d",
     "adaptive_max_pool3d_with_indices",
     "add",
+    "add_norm",
     "alpha_dropout",
     "amax",
     "amin",

@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "torchbp/norm.h"
 #include "torchbp/norm_check.h"
@@ -158,7 +159,8 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cpu(
   check_batch_norm(grad_, x_, mean_, rstd_, weight_, training);
   const bool rows = channels_innermost(x_);
   const Tensor x = rows ? x_ : packed(x_);
-  const Tensor grad_input = torch::stable::empty_like(x), grad = with_strides_of(grad_, x);
+  const Tensor grad_input = in_huge_pages(torch::stable::empty_like(x)),
+               grad = with_strides_of(grad_, x);
   const Tensor mean = packed(mean_), rstd = packed(rstd_);
   const int64_t samples = x.size(0), channels = x.size(1);
   const Tensor grad_weight = torch::stable::new_zeros(x, {channels}, sum_dtype(x));

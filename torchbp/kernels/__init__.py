@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .add_norm import add_norm, add_norm_backward
 from .dropout import dropout_apply, dropout_bits
 from .gated import GATES, gated, gated_backward
 from .linear import linear_backward
@@ -28,6 +29,8 @@ __all__ = [
     "GATES",
     "HAS_EXT",
     "KERNELS",
+    "add_norm",
+    "add_norm_backward",
     "batch_norm_backward",
     "bias_act",
     "bias_act_backward",
@@ -62,8 +65,6 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of batch, group or instance norm; see `torchbp.ops.norm`.
 
-    Compiled for the CPU; every other device gets the PyTorch reference.
-
     Args:
         grad_output: The gradient of the result; shape, dtype and device of ``x``.
         x: Shape ``[N, C, *]``; float32, float64, bfloat16 or float16. Contiguous and channels-last
@@ -71,7 +72,7 @@ def batch_norm_backward(
         mean: Shape ``[C]`` for batch norm, ``[N, groups]`` for group norm; float64 for float64
             ``x``, float32 for all others.
         rstd: ``1 / sqrt(variance + eps)``; shape and dtype of ``mean``.
-        weight: Shape ``[C]``, dtype of ``mean``; None for ones.
+        weight: Shape ``[C]``, dtype of ``x`` or ``mean``; None for ones.
         training: The statistics are those of ``x``; otherwise they are constants.
 
     Returns:
@@ -299,15 +300,14 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of layer norm or RMS norm, row by row; see `torchbp.ops.norm`.
 
-    Compiled for the CPU; every other device gets the PyTorch reference.
-
     Args:
         grad_output: The gradient of the result; shape, dtype and device of ``x``.
         x: Any shape; float32, float64, bfloat16 or float16.
         mean: One value for each row, in any shape; float64 for float64 ``x``, float32 for all
             others. None for RMS norm, which subtracts none.
         rstd: ``1 / sqrt(variance + eps)``; likewise.
-        weight: One value for each entry of a row, dtype as ``rstd``; None for ones.
+        weight: One value for each entry of a row, dtype as ``x`` or ``rstd``; None for
+            ones.
         dims: How many dims at the end make a row, over which ``x`` is normalised.
 
     Returns:

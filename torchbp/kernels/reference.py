@@ -157,6 +157,18 @@ def _check_values(t: Tensor, name: str, count: int, x: Tensor) -> None:
         raise RuntimeError(f"{name}: expected the device of x")
 
 
+def check_parameter(t: Tensor | None, name: str, count: int, x: Tensor) -> None:
+    """Raise RuntimeError unless it has ``count`` values, in the dtype of ``x`` or that of sums."""
+    if t is None:
+        return
+    if t.dtype != x.dtype:
+        _check_values(t, name, count, x)
+        return
+    if t.numel() != count:
+        raise RuntimeError(f"{name}: expected {count} values, got {t.numel()}")
+    check_alike(t, name, x, "x")
+
+
 def check_layer_norm(
     grad_output: Tensor,
     x: Tensor,
@@ -174,8 +186,7 @@ def check_layer_norm(
     if mean is not None:
         _check_values(mean, "mean", rows, x)
     _check_values(rstd, "rstd", rows, x)
-    if weight is not None:
-        _check_values(weight, "weight", columns, x)
+    check_parameter(weight, "weight", columns, x)
 
 
 def layer_norm_backward(
@@ -195,7 +206,7 @@ def layer_norm_backward(
     if mean is not None:
         centred = centred - mean.reshape(rows, 1)
     xhat = centred * r
-    v = g if weight is None else g * weight.reshape(columns)
+    v = g if weight is None else g * up(weight).reshape(columns)
     through = v - xhat * (v * xhat).mean(1, keepdim=True)
     if mean is not None:
         through = through - v.mean(1, keepdim=True)
@@ -233,8 +244,7 @@ def check_batch_norm(
         count = samples * groups
     _check_values(mean, "mean", count, x)
     _check_values(rstd, "rstd", count, x)
-    if weight is not None:
-        _check_values(weight, "weight", channels, x)
+    check_parameter(weight, "weight", channels, x)
 
 
 def like_channels(x: Tensor) -> Tensor:
@@ -262,7 +272,7 @@ def batch_norm_backward(
     g = up(grad_output).reshape(shape)
     mean, rstd = (t.reshape(samples if per_sample else 1, groups, 1, 1) for t in (mean, rstd))
     xhat = (up(x).reshape(shape) - mean) * rstd
-    v = g if weight is None else g * weight.reshape(1, *shape[1:3], 1)
+    v = g if weight is None else g * up(weight).reshape(1, *shape[1:3], 1)
     through = v
     if training:
         product = (v * xhat).mean(over, keepdim=True)

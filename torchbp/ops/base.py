@@ -207,8 +207,11 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
-def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
-    """Whether a compiled backward takes these: the CPU has one, for first derivatives.
+_CPU = frozenset({"cpu"})
+
+
+def can_use_kernel(grad_output: Tensor, x: Tensor, devices: frozenset[str] = _CPU) -> bool:
+    """Whether a compiled backward, which those devices have, takes these: for first derivatives.
 
     Asked in every backward, where Python runs several times slower than in a loop of its own, so
     that what is cheap comes first, and nothing is asked twice.
@@ -216,7 +219,7 @@ def can_use_kernel(grad_output: Tensor, x: Tensor) -> bool:
     return (
         kernels.HAS_EXT
         and not is_grad_enabled()
-        and x.is_cpu
+        and (x.is_cpu or x.device.type in devices)
         and x.dtype in DTYPES
         and grad_output.dtype is x.dtype
         and type(x) in PLAIN

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp import kernels
-from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
+from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
+    as_parameter,
     as_sums,
+    has_backward,
     per_channel,
     secant,
     shares,
@@ -72,10 +74,10 @@ class BatchNorm(Op):
             return (None,) * 8
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_constants = ctx.needs_input_grad
-        if can_use_kernel(grad_output, x):
+        if has_backward(grad_output, x):
             if not ctx.training:
                 rstd = torch.rsqrt(wide(rstd) + ctx.eps)
-            w = None if weight is None else as_sums(weight, x)
+            w = as_parameter(weight, x)
             of_x, of_weight, of_bias = kernels.batch_norm_backward(
                 grad_output, x, as_sums(mean, x), as_sums(rstd, x), w, ctx.training
             )

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
 from torchbp import kernels
-from torchbp.ops.base import Op, can_use_kernel, midpoint, wide
+from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.batch_norm import BatchNorm
 from torchbp.ops.norm import (
     Moments,
     affine_jvp,
     all_but_channel,
+    as_parameter,
     as_sums,
+    has_backward,
     per_channel,
     secant,
     shares,
@@ -73,8 +75,8 @@ class GroupNorm(Op):
             return (None,) * 5
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if can_use_kernel(grad_output, x):
-            w = None if weight is None else as_sums(weight, x)
+        if has_backward(grad_output, x):
+            w = as_parameter(weight, x)
             of_x, of_weight, of_bias = kernels.batch_norm_backward(
                 grad_output, x, as_sums(mean, x), as_sums(rstd, x), w, True
             )

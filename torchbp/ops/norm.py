@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchbp.ops.base import add_tangents, midpoint
+from torchbp.ops.base import add_tangents, can_use_kernel, midpoint
+from torchbp.ops.elementwise import _FUSED_DEVICES, can_fuse
 from torchbp.ops.relevance import Rule, quotient
 
 
@@ -120,6 +121,25 @@ def all_but_channel(x: Tensor) -> tuple[int, ...]:
 def per_channel(tensor: Tensor, x: Tensor) -> Tensor:
     """``(C,)`` so that it broadcasts with ``(N, C, *)``."""
     return tensor.reshape(1, x.shape[1], *(1,) * (x.dim() - 2))
+
+
+def can_normalise(x: Tensor, shape: Sequence[int], *others: Tensor | None) -> bool:
+    """Whether the compiled forward takes ``x`` with rows of that shape, and what goes with it."""
+    dims = len(shape)
+    if not 0 < dims <= x.dim() or x.shape[x.dim() - dims :] != tuple(shape):
+        return False
+    given = [t for t in others if t is not None]
+    return can_fuse(x, *given) and all(t.shape in (x.shape, tuple(shape)) for t in given)
+
+
+def has_backward(grad_output: Tensor, x: Tensor) -> bool:
+    """Whether the compiled backward of the norms takes these."""
+    return can_use_kernel(grad_output, x, _FUSED_DEVICES)
+
+
+def as_parameter(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """A parameter as the kernels take it: in the dtype of ``x``, or in that of sums."""
+    return tensor if tensor is None or tensor.dtype == x.dtype else as_sums(tensor, x)
 
 
 def as_sums(tensor: Tensor, x: Tensor) -> Tensor:
