@@ -5,7 +5,7 @@ The extension is optional: where it cannot be built, installing goes on without 
 Environment:
     TORCHBP_NO_EXT=1         do not build it
     TORCHBP_CUDA=0|1|auto    leave out, demand, or (default) add the CUDA kernels where possible
-    TORCHBP_SANITIZE=...     compile with -fsanitize=..., say address,undefined or thread: for tests,
+    TORCHBP_SANITIZE=...     compile with -fsanitize=...; address,undefined and thread are tested,
                              see `make test-sanitizers`; CUDA kernels are left out
     TORCHBP_WERROR=1         warnings are errors, and a failed build fails the installation
 """
@@ -62,9 +62,9 @@ def cuda_toolkit(torch_cuda: str | None, home: str | None) -> tuple[Path, Path] 
 
 
 def sanitize(ext: Extension) -> None:
-    """Let the program stop at its first error, and tell the line."""
+    """Let the program stop at its first error, and tell the line; optimised as it is otherwise."""
     flags = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
-    ext.extra_compile_args["cxx"] += [*flags, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    ext.extra_compile_args["cxx"] += [*flags, "-g1", "-fno-omit-frame-pointer"]
     ext.extra_link_args = flags
     if "thread" in SANITIZE:  # torch's threads are not instrumented, these are
         ext.sources.append("cpp/tests/parallel_for.cpp")

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from torchbp import kernels
 from torchbp.kernels import table
@@ -23,11 +25,30 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.startswith("cuda"):
         if missing := missing_for_cuda():
             raise pytest.UsageError(f"--device {device}: {missing}")
-    if device != "cpu":  # which would be a torch-function mode
+    if device != "cpu":
         torch.set_default_device(device)
+        SeededOnTheCpu().__enter__()
     wanted, found = config.getoption("extension"), getattr(table.extension, "__file__", None)
     if wanted and not Path(str(found)).is_relative_to(config.rootpath / wanted):
         raise pytest.UsageError(f"--extension {wanted}: loaded {found}")
+
+
+class SeededOnTheCpu(TorchFunctionMode):
+    """Draws from a generator of the CPU on the CPU, whatever the default device; then moves it."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        if device is None and generator is not None and generator.device.type == "cpu":
+            drawn = func(*args, **{**kwargs, "device": "cpu"})
+            return drawn.to(torch.get_default_device())
+        return func(*args, **kwargs)
 
 
 def missing_for_cuda() -> str:
@@ -51,7 +72,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"device: {torch.cuda.get_device_name()}, compute capability {capability}",
         f"driver: {driver or 'unknown, no nvidia-smi'}, CUDA {torch.version.cuda}",
-        f"torch: {torch.__version__}, kernels built with {kernels.status()['built_with']}",
+        f"torch: {torch.__version__}, built with {kernels.status()['built_with']}",
     ]
 
 
