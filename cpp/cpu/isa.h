@@ -13,6 +13,20 @@ enum class Isa { base, avx2, avx512 };
 Isa isa();
 const char* isa_name();
 
+// Bytes of a vector register of an instruction set, and how many of them there are.
+struct Registers {
+  int bytes, count;
+};
+namespace base {
+constexpr Registers registers{16, 16};
+}
+namespace avx2 {
+constexpr Registers registers{32, 16};
+}
+namespace avx512 {
+constexpr Registers registers{64, 32};
+}
+
 }  // namespace torchbp
 
 // The instance of a loop, `name` in the namespaces base, avx2 and avx512, that suits the processor.

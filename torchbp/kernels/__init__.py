@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .max_pool import max_pool as max_pool
+from .max_pool import max_pool_backward as max_pool_backward
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
@@ -32,6 +34,8 @@ __all__ = [
     "conv_grad_weight",
     "elementwise_backward",
     "layer_norm_backward",
+    "max_pool",
+    "max_pool_backward",
     "softmax_backward",
     "status",
 ]

@@ -36,20 +36,6 @@ struct Window {
   }
 };
 
-// Bytes of a vector register of an instruction set, and how many of them there are.
-struct Registers {
-  int bytes, count;
-};
-namespace base {
-constexpr Registers registers{16, 16};
-}
-namespace avx2 {
-constexpr Registers registers{32, 16};
-}
-namespace avx512 {
-constexpr Registers registers{64, 32};
-}
-
 // Any number of channels per group; for one channel per group.
 template <class T>
 void dense_grad_weight(const Conv&, const Planes<T>& grad_output, const Planes<T>& x,
