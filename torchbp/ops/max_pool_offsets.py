@@ -28,8 +28,8 @@ class MaxPoolOffsets(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: tuple[Sizes, ...], ceil_mode: bool) -> Tensor:
-        y, offsets = kernels.max_pool(x, *settings, ceil_mode=ceil_mode)
+    def forward(ctx: Any, x: Tensor, settings: Any, ceil_mode: bool) -> Tensor:
+        y, offsets = kernels.max_pool(x, *settings, ceil_mode)
         ctx.save_for_backward(offsets)
         ctx.shape, ctx.settings = x.shape, settings
         return y
@@ -76,7 +76,7 @@ def max_pool_values(
     if dims == 3 and _is_any_autocast_enabled():  # 3d alone is on a list
         return None
     try:
-        settings = _settings(
+        settings: Any = _settings(
             x.shape,
             *(
                 value if isinstance(value, int) or value is None else tuple(value)
@@ -91,7 +91,7 @@ def max_pool_values(
     if torch.is_grad_enabled():
         y: Tensor = MaxPoolOffsets.apply(x, settings, bool(ceil_mode))
         return y
-    return kernels.max_pool(x, *settings, ceil_mode=bool(ceil_mode))[0]
+    return kernels.max_pool(x, *settings, bool(ceil_mode))[0]
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,7 @@
 // Max pooling over one to three dimensions, and what its backward pass reads: for every window,
 // which of its elements (its taps, numbered in the order of memory) is the maximum.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -13,7 +14,7 @@ struct Pool {
   int64_t samples, channels;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  TORCHBP_HD int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   // From the first element of a window to its last.
   TORCHBP_HD int64_t reach(int d) const { return (kernel[d] - 1) * dilation[d]; }
   // The first element of window o, which may be one of the padding.
