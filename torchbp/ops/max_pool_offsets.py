@@ -29,7 +29,8 @@ class MaxPoolOffsets(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: Any, ceil_mode: bool) -> Tensor:
-        y, offsets = kernels.max_pool(x, *settings, ceil_mode)
+        kernel, stride, padding, dilation = settings
+        y, offsets = kernels.max_pool(x, kernel, stride, padding, dilation, ceil_mode)
         ctx.save_for_backward(offsets)
         ctx.shape, ctx.settings = x.shape, settings
         return y
@@ -91,7 +92,8 @@ def max_pool_values(
     if torch.is_grad_enabled():
         y: Tensor = MaxPoolOffsets.apply(x, settings, bool(ceil_mode))
         return y
-    return kernels.max_pool(x, *settings, bool(ceil_mode))[0]
+    kernel, step, before, spacing = settings
+    return kernels.max_pool(x, kernel, step, before, spacing, bool(ceil_mode))[0]
 
 
 @lru_cache(maxsize=1024)
