@@ -7,6 +7,8 @@
 
 namespace torchbp {
 
+using Sizes = std::vector<int64_t>;
+
 template <class T, class O>
 struct ChannelLoops {
   void (*choose)(const T*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, T*, O*);
@@ -62,36 +64,44 @@ struct Reached {
   }
 };
 
-// f(tap number, three elements) for every combination of one tap per dimension.
-template <class F>
-static void each_tap(const Pool& q, const Reached* reached, const F& f) {
-  const Reached &a = reached[0], &b = reached[1], &c = reached[2];
-  for (int64_t i = 0; i < a.count; ++i)
-    for (int64_t j = 0; j < b.count; ++j)
-      for (int64_t k = 0; k < c.count; ++k)
-        f((a.taps[i] * q.kernel[1] + b.taps[j]) * q.kernel[2] + c.taps[k], a.elements[i],
-          b.elements[j], c.elements[k]);
-}
+// Of every place of every dimension what it reaches, worked out once.
+struct Reach {
+  std::vector<Reached> places[3];
+
+  Reach(const Pool& q, const int64_t* size, void (Reached::*of)(const Pool&, int, int64_t)) {
+    for (int d = 0; d < 3; ++d)
+      for (int64_t i = 0; i < size[d]; ++i) {
+        places[d].emplace_back(q.kernel[d]);
+        (places[d].back().*of)(q, d, i);
+      }
+  }
+  // f(tap number, three elements) for every combination of one tap per dimension.
+  template <class F>
+  void each_tap(const Pool& q, int64_t d, int64_t h, int64_t w, const F& f) const {
+    const Reached &a = places[0][d], &b = places[1][h], &c = places[2][w];
+    for (int64_t i = 0; i < a.count; ++i)
+      for (int64_t j = 0; j < b.count; ++j)
+        for (int64_t k = 0; k < c.count; ++k)
+          f((a.taps[i] * q.kernel[1] + b.taps[j]) * q.kernel[2] + c.taps[k], a.elements[i],
+            b.elements[j], c.elements[k]);
+  }
+};
 
 template <class T, class O>
 void channels_forward(const Pool& q, const T* x, const Steps& from, T* y, O* offsets,
                       const Steps& to) {
   const auto loops = TORCHBP_PICK(channel_loops<T, O>());
+  const Reach reach(q, q.out, &Reached::of_window);
   each_place(q, q.out, [&] {
-    Reached reached[3] = {Reached(q.kernel[0]), Reached(q.kernel[1]), Reached(q.kernel[2])};
-    std::vector<int64_t> places, taps;
-    return [&, reached, places, taps](int64_t n, int64_t d, int64_t h, int64_t w) mutable {
-      reached[0].of_window(q, 0, d);
-      reached[1].of_window(q, 1, h);
-      reached[2].of_window(q, 2, w);
-      places.clear();
-      taps.clear();
-      each_tap(q, reached, [&](int64_t tap, int64_t a, int64_t b, int64_t c) {
-        taps.push_back(tap);
-        places.push_back(from.at(n, a, b, c));
+    return [&, places = Sizes(q.taps()), taps = Sizes(q.taps())](int64_t n, int64_t d, int64_t h,
+                                                                 int64_t w) mutable {
+      int64_t count = 0;
+      reach.each_tap(q, d, h, w, [&](int64_t tap, int64_t a, int64_t b, int64_t c) {
+        taps[count] = tap;
+        places[count++] = from.at(n, a, b, c);
       });
-      const int64_t at = to.at(n, d, h, w), first = q.first_tap(d, h, w);
-      loops.choose(x, places.data(), taps.data(), int64_t(taps.size()), first, q.channels, y + at,
+      const int64_t at = to.at(n, d, h, w);
+      loops.choose(x, places.data(), taps.data(), count, q.first_tap(d, h, w), q.channels, y + at,
                    offsets + at);
     };
   });
@@ -101,25 +111,19 @@ template <class T, class O>
 void channels_backward(const Pool& q, const T* g, const Steps& from, const O* offsets,
                        const Steps& from_offsets, T* grad, const Steps& to) {
   const auto loops = TORCHBP_PICK(channel_loops<T, O>());
+  const Reach reach(q, q.in, &Reached::of_element);
   each_place(q, q.in, [&] {
-    Reached reached[3] = {Reached(q.kernel[0]), Reached(q.kernel[1]), Reached(q.kernel[2])};
-    std::vector<int64_t> places, places_o, taps;
-    return
-        [&, reached, places, places_o, taps](int64_t n, int64_t d, int64_t h, int64_t w) mutable {
-          reached[0].of_element(q, 0, d);
-          reached[1].of_element(q, 1, h);
-          reached[2].of_element(q, 2, w);
-          places.clear();
-          places_o.clear();
-          taps.clear();
-          each_tap(q, reached, [&](int64_t tap, int64_t a, int64_t b, int64_t c) {
-            taps.push_back(tap);
-            places.push_back(from.at(n, a, b, c));
-            places_o.push_back(from_offsets.at(n, a, b, c));
-          });
-          loops.gather(g, offsets, places.data(), places_o.data(), taps.data(),
-                       int64_t(taps.size()), q.channels, grad + to.at(n, d, h, w));
-        };
+    return [&, places = Sizes(q.taps()), places_o = Sizes(q.taps()), taps = Sizes(q.taps())](
+               int64_t n, int64_t d, int64_t h, int64_t w) mutable {
+      int64_t count = 0;
+      reach.each_tap(q, d, h, w, [&](int64_t tap, int64_t a, int64_t b, int64_t c) {
+        taps[count] = tap;
+        places_o[count] = from_offsets.at(n, a, b, c);
+        places[count++] = from.at(n, a, b, c);
+      });
+      loops.gather(g, offsets, places.data(), places_o.data(), taps.data(), count, q.channels,
+                   grad + to.at(n, d, h, w));
+    };
   });
 }
 
