@@ -22,6 +22,8 @@ from .add_norm import add_norm, add_norm_backward
 from .dropout import dropout_apply, dropout_bits
 from .gated import GATES, gated, gated_backward
 from .linear import linear_backward
+from .max_pool import max_pool as max_pool
+from .max_pool import max_pool_backward as max_pool_backward
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
@@ -44,6 +46,8 @@ __all__ = [
     "gated_backward",
     "layer_norm_backward",
     "linear_backward",
+    "max_pool",
+    "max_pool_backward",
     "softmax_backward",
     "status",
 ]

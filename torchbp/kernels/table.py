@@ -81,7 +81,12 @@ def vmap_one_by_one(name: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         call = KERNELS[name].op
         calls = [
-            call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            call(
+                *(
+                    a.select(d, i) if isinstance(d, int) else a
+                    for a, d in zip(args, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))

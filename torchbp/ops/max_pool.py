@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops.base import Op
+from torchbp.ops.max_pool_offsets import max_pool_values
+from torchbp.ops.planes import pick, put
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import routes
 
@@ -94,24 +95,6 @@ def _secant(dims: int) -> Callable[..., tuple[Tensor | None, ...]]:
     return secant
 
 
-def pick(x: Tensor, indices: Tensor, dims: int) -> Tensor:
-    """The elements of each plane that ``indices`` names, in its shape."""
-    planes = x.reshape(*x.shape[:-dims], math.prod(x.shape[-dims:]))
-    return planes.gather(-1, flat(indices, dims)).reshape(indices.shape)
-
-
-def put(values: Tensor, indices: Tensor, shape: Sequence[int], dims: int) -> Tensor:
-    """The transpose of :func:`pick`: a plane takes the sum of what is sent to each position."""
-    # Zeros that are one number in memory are written once, by the copy scatter_add makes.
-    planes = values.new_zeros(()).expand(*shape[:-dims], math.prod(shape[-dims:]))
-    return planes.scatter_add(-1, flat(indices, dims), flat(values, dims)).reshape(shape)
-
-
-def flat(tensor: Tensor, dims: int) -> Tensor:
-    """The tensor with each plane in one dimension."""
-    return tensor.reshape(*tensor.shape[:-dims], math.prod(tensor.shape[-dims:]))
-
-
 class MaxPool1d(Selection):
     """``y = max`` over each window of ``(*, C, L)``; see :class:`Selection`."""
 
@@ -176,6 +159,10 @@ def max_pool1d(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`max_pool2d` of ``([N,] C, L)``, as :func:`torch.nn.functional.max_pool1d`."""
+    if not return_indices:
+        y = max_pool_values(input, kernel_size, stride, padding, dilation, ceil_mode, 1)
+        if y is not None:
+            return y
     both = MaxPool1d.call(input, kernel_size, stride, padding, dilation, ceil_mode)
     return both if return_indices else both[0]
 
@@ -208,6 +195,10 @@ def max_pool2d(
     Raises:
         RuntimeError: for settings that torch refuses.
     """
+    if not return_indices:
+        y = max_pool_values(input, kernel_size, stride, padding, dilation, ceil_mode, 2)
+        if y is not None:
+            return y
     both = MaxPool2d.call(input, kernel_size, stride, padding, dilation, ceil_mode)
     return both if return_indices else both[0]
 
@@ -224,6 +215,10 @@ def max_pool3d(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`max_pool2d` of ``([N,] C, D, H, W)``, as :func:`torch.nn.functional.max_pool3d`."""
+    if not return_indices:
+        y = max_pool_values(input, kernel_size, stride, padding, dilation, ceil_mode, 3)
+        if y is not None:
+            return y
     op = MaxPool3d if return_indices else MaxPool3dAlone
     both = op.call(input, kernel_size, stride, padding, dilation, ceil_mode)
     return both if return_indices else both[0]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops.base import Op
-from torchbp.ops.max_pool import Size, flat, pick
+from torchbp.ops.max_pool import Size
+from torchbp.ops.planes import flat, pick
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import routes
 
