@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .cross_entropy import (
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_in_place,
+)
 from .reference import BLAME_KINDS, ELEMENTWISE
 from .table import KERNELS, extension, why_not
 
@@ -30,6 +35,9 @@ __all__ = [
     "blame_reduce",
     "blame_settle",
     "conv_grad_weight",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_in_place",
     "elementwise_backward",
     "layer_norm_backward",
     "softmax_backward",
