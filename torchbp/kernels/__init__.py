@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import registration
 from .cross_entropy import (
+    REDUCTIONS,
     cross_entropy,
     cross_entropy_backward,
     cross_entropy_in_place,
@@ -29,6 +30,7 @@ from .table import KERNELS, extension, why_not
 __all__ = [
     "HAS_EXT",
     "KERNELS",
+    "REDUCTIONS",
     "batch_norm_backward",
     "bias_act",
     "bias_act_backward",

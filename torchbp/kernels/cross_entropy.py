@@ -59,9 +59,7 @@ def _check_gradient(grad_output: Tensor, logits: Tensor, by_row: bool) -> None:
             f"{grad_output.numel()} in {grad_output.dim()} dims"
         )
     if grad_output.dtype != _loss_dtype(logits):
-        raise RuntimeError(
-            f"grad_output: expected {_loss_dtype(logits)}, got {grad_output.dtype}"
-        )
+        raise RuntimeError(f"grad_output: expected {_loss_dtype(logits)}, got {grad_output.dtype}")
     if grad_output.device != logits.device:
         raise RuntimeError("grad_output: expected the device of logits")
 
