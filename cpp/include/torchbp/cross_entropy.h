@@ -112,7 +112,9 @@ struct RowGradient {
 template <class A>
 TORCHBP_HD RowGradient<A> row_gradient(const RowSums<A>& row, double g, double own_weight,
                                        const LossSettings<A>& q) {
-  const double own = double(row.own), gap = own - double(row.most);
+  const double own = double(row.own);
+  // NaN where the own logit is plus infinity, as in torch.
+  const double gap = own - (row.own == -RowSums<A>::lowest ? own : double(row.most));
   const double e = ::exp(gap > 700 ? 700. : gap), total = row.rest + e;  // no other class: e = inf
   const double hit = g * own_weight * (1 - q.smoothing);
   const double share = q.smoothing == 0 ? 0 : g * q.smoothing / double(q.classes);
