@@ -6,12 +6,15 @@ READY  := $(VENV)/.ready
 CPP    := $(shell find cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-models bench-models lint format verify bench docs clean
+.PHONY: help setup demo test test-slow test-cuda test-sanitizers cuda-report test-models bench-models lint format verify bench docs clean
 
 help:
 	@echo "make demo         train on real data with blame on, and say who is to blame"
 	@echo "make test         the test-suite"
 	@echo "make test-slow    the long checks (compiled graphs in full, all seeds)"
+	@echo "make test-cuda    kernels, ops and blame on a GPU; says what is missing where there is none"
+	@echo "make test-sanitizers  the kernels' tests with the address and undefined behaviour sanitizers"
+	@echo "make cuda-report  compiles the CUDA kernels for every architecture (no GPU needed); no spills"
 	@echo "make test-models  real models converted and compared (installs torchvision, transformers)"
 	@echo "make bench-models a training step of real models, converted and not"
 	@echo "make lint         ruff, mypy, clang-format, and the extension with warnings as errors"
@@ -43,6 +46,14 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# What runs is set by --device: see tests/conftest.py.
+test-cuda: setup
+	$(BIN)/python -m pytest -q -m "not slow and not models" --device cuda \
+	  tests/kernels tests/ops tests/verify tests/blame tests/nn tests/composition tests/test_convert.py
+
+cuda-report: setup
+	$(BIN)/python cpp/tests/nvcc_report.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -128,4 +128,5 @@ def extension() -> dict:
     }
 
 
-setup(**extension())
+if __name__ == "__main__":
+    setup(**extension())

@@ -1,175 +1,300 @@
-// The CUDA kernels with a C interface, run on the CPU; tests/kernels/test_cuda_source.py drives it.
-// Launches repeat those of the .cu files, with the row blocks left to the caller.
-#include "simt.h"
+// Fibers, barriers and shuffles of simt.h.
+#include "tests/simt.h"
 
-#include "cuda/blame_reduce.cuh"
-#include "cuda/blame_settle.cuh"
-#include "cuda/elementwise.cuh"
-#include "cuda/softmax.cuh"
+#include <setjmp.h>
+#include <ucontext.h>
 
-namespace torchbp {
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
 
-template <class T, class F, int i = 0>
-static void with_act(int act, const F& f) {
-  if constexpr (i < act_count) {
-    if (act == i)
-      f(std::integral_constant<Act, Act(i)>{});
-    else
-      with_act<T, F, i + 1>(act, f);
+#include "tests/memory.h"
+
+namespace simt {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t stack_size = 64 << 10;
+constexpr size_t most_threads = 1024, most_dynamic = 48 << 10, most_blocks = 65535;  // of y and z
+
+enum class State { ready, at_barrier, at_warp, done };
+struct Fiber {
+  jmp_buf place;  // where it left off
+  std::unique_ptr<char[]> stack;
+  State state;
+  bool started = false;
+  Site site;
+  unsigned mask;          // whom it waits for in its warp
+  bool orders;            // and whether that orders memory
+  uint64_t given, taken;  // taken = given, from the moment on that all have come
+};
+
+std::deque<Fiber> fibers;  // stacks are kept from block to block
+size_t threads, current;
+jmp_buf scheduler;
+Body body;
+const void* arguments;
+std::vector<std::unique_ptr<char[]>> scratches;
+std::vector<char> dynamic;
+std::vector<int> phases;
+std::mt19937_64 random;
+bool shuffled, in_kernel;
+int launch_count, block_number, epoch;
+std::string error;
+
+Fiber& self() { return fibers[current]; }
+unsigned warp_of(size_t thread) { return unsigned(thread / warp_lanes); }
+size_t warp_begin(size_t thread) { return thread / warp_lanes * warp_lanes; }
+
+Index index_of(size_t thread) {
+  const size_t x = block_size.x, y = block_size.y;
+  return {unsigned(thread % x), unsigned(thread / x % y), unsigned(thread / x / y)};
+}
+std::string text(const Index& i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+std::string text(const Site& site) {
+  return std::string(site.file) + ":" + std::to_string(site.line);
+}
+
+// A context starts a fiber; from then on it jumps, which costs no system call.
+void leave() {
+  in_kernel = false;
+  if (_setjmp(self().place) == 0) _longjmp(scheduler, 1);
+  in_kernel = true;
+}
+
+void enter() {
+  for (;;) {
+    in_kernel = true;
+    body(arguments);
+    self().state = State::done;
+    leave();  // until the next block
   }
 }
-template <class T, class F, int i = 0>
-static void with_fn(int function, const F& f) {
-  if constexpr (i < fn_count) {
-    if (function == i)
-      f(std::integral_constant<Fn, Fn(i)>{});
-    else
-      with_fn<T, F, i + 1>(function, f);
+
+void resume(Fiber& f) {
+  if (_setjmp(scheduler) != 0) return;
+  if (f.started) _longjmp(f.place, 1);
+  f.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = f.stack.get();
+  context.uc_stack.ss_size = stack_size;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+void wait(State state, unsigned mask, Site site) {
+  self().state = state;
+  self().mask = mask;
+  self().site = site;
+  leave();
+}
+
+std::vector<size_t> order_of(size_t count) {
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (shuffled) std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+
+void resume_ready() {
+  for (size_t thread : order_of(threads)) {
+    if (fibers[thread].state != State::ready) continue;
+    current = thread;
+    thread_index = index_of(thread);
+    resume(self());
+    if (!error.empty()) return;
   }
 }
-template <class F>
-static void with_scalar(int dtype, const F& f) {
-  if (dtype == 0) f(float{});
-  if (dtype == 1) f(double{});
-  if (dtype == 2) f(bf16{});
-  if (dtype == 3) f(f16{});
-}
-static unsigned blocks_of(int64_t count, int64_t size) {
-  return unsigned((count + size - 1) / size);
+
+size_t count(State state) {
+  return size_t(std::count_if(fibers.begin(), fibers.begin() + ptrdiff_t(threads),
+                              [=](const Fiber& f) { return f.state == state; }));
 }
 
-}  // namespace torchbp
+bool waits_like(const Fiber& a, const Fiber& b) {
+  return a.state == b.state && a.mask == b.mask && a.orders == b.orders &&
+         a.site.line == b.site.line && std::string(a.site.file) == b.site.file;
+}
 
-using namespace torchbp;
+// Lets the lanes go on that a waiting lane names, if all of them have come.
+bool release_lanes(size_t thread) {
+  const Fiber& first = fibers[thread];
+  std::vector<Fiber*> lanes;
+  for (unsigned lane = 0; lane < warp_lanes; ++lane) {
+    if ((first.mask >> lane & 1) == 0) continue;
+    const size_t other = warp_begin(thread) + lane;
+    if (other >= threads || !waits_like(fibers[other], first)) return false;
+    lanes.push_back(&fibers[other]);
+  }
+  for (Fiber* lane : lanes) lane->taken = lane->given, lane->state = State::ready;
+  phases[warp_of(thread)] += first.orders;
+  return true;
+}
+
+bool release_warps() {
+  bool any = false;
+  for (size_t thread = 0; thread < threads; ++thread)
+    if (fibers[thread].state == State::at_warp) any = release_lanes(thread) || any;
+  return any;
+}
+
+bool release_block() {
+  for (size_t thread = 0; thread < threads; ++thread)
+    if (fibers[thread].state != State::at_barrier || !waits_like(fibers[thread], fibers[0]))
+      return false;
+  for (size_t thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
+  ++epoch;
+  return true;
+}
+
+std::string stuck() {
+  for (State state : {State::at_warp, State::at_barrier})
+    for (size_t thread = 0; thread < threads; ++thread) {
+      const Fiber& f = fibers[thread];
+      if (f.state != state) continue;
+      return std::string("barrier: thread ") + text(index_of(thread)) + " waits at " +
+             text(f.site) + " for others that never come; " + std::to_string(count(State::done)) +
+             " have ended, " + std::to_string(count(State::at_barrier)) +
+             " are at a barrier of the block, " + std::to_string(count(State::at_warp)) +
+             " at one of a warp";
+    }
+  return "barrier: stuck";
+}
+
+void start_fibers() {
+  threads = size_t(block_size.x) * block_size.y * block_size.z;
+  while (fibers.size() < threads) {
+    fibers.emplace_back();
+    fibers.back().stack.reset(new char[stack_size]);
+  }
+  for (size_t thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
+}
+
+void run_block(size_t number) {
+  block_number = int(number);
+  const size_t x = grid_size.x, y = grid_size.y;
+  block_index = {unsigned(number % x), unsigned(number / x % y), unsigned(number / x / y)};
+  epoch = 0;
+  start_fibers();
+  phases.assign(warp_of(threads - 1) + 1, 0);
+  poison_shared(dynamic.data(), dynamic.size());
+  while (error.empty() && count(State::done) < threads) {
+    resume_ready();
+    if (error.empty() && count(State::done) < threads && !release_warps() && !release_block())
+      fail(stuck());
+  }
+}
+
+}  // namespace
+
+void fail(const std::string& message) {
+  if (error.empty()) error = message;
+  for (Fiber& f : fibers) f.started = false;  // what they were at is given up
+  if (in_kernel) leave();
+}
+
+Moment now() {
+  const int warp = int(warp_of(current));
+  return {launch_count, block_number, epoch, warp, phases[size_t(warp)], int(lane_index())};
+}
+
+bool inside_kernel() { return in_kernel; }
+
+bool on_own_stack(uintptr_t address) {
+  const uintptr_t begin = uintptr_t(self().stack.get());
+  return address >= begin && address < begin + stack_size;
+}
+
+std::string describe(const Moment& m) {
+  const std::string lane =
+      m.lane == Moment::any ? "several lanes" : "lane " + std::to_string(m.lane);
+  const std::string warp =
+      m.warp == Moment::any ? "several warps" : lane + " of warp " + std::to_string(m.warp);
+  return m.block == Moment::any ? "several blocks" : warp + " of block " + std::to_string(m.block);
+}
+
+void run(Body kernel, const void* given, size_t size, Index grid, Index block, size_t shared) {
+  if (!error.empty()) return;
+  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  const size_t block_threads = size_t(block.x) * block.y * block.z;
+  if (blocks == 0 || block_threads == 0 || block_threads > most_threads || grid.x > INT32_MAX ||
+      grid.y > most_blocks || grid.z > most_blocks || shared > most_dynamic)
+    return fail("launch: grid " + text(grid) + ", block " + text(block) + ", " +
+                std::to_string(shared) + " bytes of shared memory");
+  body = kernel;
+  arguments = given;
+  grid_size = grid;
+  block_size = block;
+  dynamic.assign(shared, 0);
+  add_arguments(given, size);
+  ++launch_count;
+  for (size_t number : order_of(blocks))
+    if (error.empty()) run_block(number);
+}
+
+void* dynamic_shared() { return dynamic.data(); }
+
+void* scratch_bytes(size_t bytes) {
+  scratches.emplace_back(new char[bytes]);
+  std::fill_n(scratches.back().get(), bytes, char(0xff));
+  add_memory(scratches.back().get(), bytes, "scratch", false);
+  return scratches.back().get();
+}
+
+unsigned lane_index() { return unsigned(current % warp_lanes); }
+
+void sync_threads(Site site) { wait(State::at_barrier, 0, site); }
+
+void sync_warp(unsigned mask, Site site) {
+  const size_t lanes = std::min<size_t>(warp_lanes, threads - warp_begin(current));
+  if (mask != full_mask >> (warp_lanes - lanes))
+    fail("barrier: __syncwarp with a mask that is not the warp at " + text(site));
+  self().orders = true;
+  wait(State::at_warp, mask, site);
+}
+
+void exchange(unsigned mask, uint64_t bits, Site site) {
+  if ((mask >> lane_index() & 1) == 0)
+    fail("barrier: " + describe(now()) + " is not in the mask at " + text(site));
+  self().given = bits;
+  self().orders = false;
+  wait(State::at_warp, mask, site);
+}
+
+uint64_t value_of(unsigned lane, unsigned mask, Site site) {
+  if (lane >= warp_lanes || (mask >> lane & 1) == 0)
+    fail("barrier: " + describe(now()) + " takes the value of lane " + std::to_string(lane) +
+         ", which is not in the mask, at " + text(site));
+  return fibers[warp_begin(current) + lane].taken;
+}
+
+}  // namespace simt
 
 extern "C" {
 
-void simt_forward(int dtype, int act, const void* x, const void* bias, void* y, int64_t count,
-                  int64_t channels, double alpha) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_act<T>(act, [&](auto a) {
-      simt::launch({3, 1}, {64, 1}, forward_kernel<decltype(a)::value, T>, static_cast<const T*>(x),
-                   static_cast<const T*>(bias), static_cast<T*>(y), count, channels,
-                   acc_t<T>(alpha));
-    });
-  });
+// Before an entry. Seed 0 keeps the order of blocks and threads.
+void simt_begin(uint64_t seed) {
+  simt::error.clear();
+  simt::scratches.clear();
+  simt::forget_memory();
+  simt::shuffled = seed != 0;
+  simt::random.seed(seed);
 }
 
-void simt_backward(int dtype, int act, const void* g, const void* x, void* grad, int64_t count,
-                   double alpha) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_act<T>(act, [&](auto a) {
-      simt::launch({3, 1}, {64, 1}, backward_kernel<decltype(a)::value, T>,
-                   static_cast<const T*>(g), static_cast<const T*>(x), static_cast<T*>(grad), count,
-                   acc_t<T>(alpha));
-    });
-  });
+// A tensor that the entry may use.
+void simt_memory(void* begin, size_t bytes, const char* name) {
+  simt::add_memory(begin, bytes, name, true);
 }
 
-void simt_backward_bias(int dtype, int act, const void* g, const void* x, const void* bias,
-                        void* grad, void* grad_bias, int64_t rows, int64_t channels,
-                        int64_t block_rows, double alpha) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    const unsigned blocks = blocks_of(rows, block_rows);
-    std::vector<acc_t<T>> sums(blocks * channels);
-    with_act<T>(act, [&](auto a) {
-      simt::launch({blocks_of(channels, lanes_x), blocks}, {lanes_x, lanes_y},
-                   backward_bias_kernel<decltype(a)::value, T>, static_cast<const T*>(g),
-                   static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(grad),
-                   rows, channels, block_rows, acc_t<T>(alpha), sums.data());
-    });
-    simt::launch({blocks_of(channels, 64), 1}, {64, 1}, join_kernel<T>,
-                 static_cast<const acc_t<T>*>(sums.data()), static_cast<T*>(grad_bias),
-                 int64_t(blocks), channels);
-  });
-}
-
-void simt_elementwise(int dtype, int function, const void* g, const void* kept, void* grad,
-                      int64_t count, double a, double b) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_fn<T>(function, [&](auto fn) {
-      simt::launch({3, 1}, {64, 1}, tangent_kernel<decltype(fn)::value, T>,
-                   static_cast<const T*>(g), static_cast<const T*>(kept), static_cast<T*>(grad),
-                   count, acc_t<T>(a), acc_t<T>(b));
-    });
-  });
-}
-
-void simt_softmax(int dtype, bool logarithm, const void* g, const void* y, void* grad, int64_t rows,
-                  int64_t width) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    simt::launch(
-        {3, 1}, {softmax_lanes, 1}, logarithm ? softmax_kernel<true, T> : softmax_kernel<false, T>,
-        static_cast<const T*>(g), static_cast<const T*>(y), static_cast<T*>(grad), rows, width);
-  });
-}
-
-// strides: those of the activation as (sample, position, unit), then those of the error.
-void simt_blame_reduce(int dtype, bool gradient, bool units_inner, const void* a, const void* delta,
-                       void* contribution, void* stats, const int64_t* strides, int64_t samples,
-                       int64_t positions, int64_t units, int64_t block_rows) {
-  with_scalar(dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    using A = acc_t<T>;
-    const unsigned blocks = blocks_of(samples, block_rows);
-    const int64_t size = stat_count * units;
-    std::vector<A> sums(blocks * size);
-    const BlameArguments<T> q{static_cast<const T*>(a),
-                              static_cast<const T*>(delta),
-                              static_cast<A*>(contribution),
-                              sums.data(),
-                              {strides[0], strides[1], strides[2]},
-                              {strides[3], strides[4], strides[5]},
-                              samples,
-                              positions,
-                              units,
-                              block_rows};
-    const unsigned columns = units_inner ? blocks_of(units, lanes_x) : unsigned(units);
-    const auto kernel =
-        units_inner
-            ? (gradient ? units_inner_kernel<true, T> : units_inner_kernel<false, T>)
-            : (gradient ? positions_inner_kernel<true, T> : positions_inner_kernel<false, T>);
-    simt::launch({columns, blocks}, {lanes_x, lanes_y}, kernel, q);
-    simt::launch({blocks_of(size, 64), 1}, {64, 1}, join_kernel<A>,
-                 static_cast<const A*>(sums.data()), static_cast<A*>(stats), int64_t(blocks), size);
-  });
-}
-
-void simt_blame_settle(bool wide, int kind, const void* contribution, const void* losses,
-                       const int64_t* labels, double scale, const int64_t* sizes, void* rows,
-                       void* per_class, void* per_sample, int64_t samples, int64_t units,
-                       int64_t n_classes, int64_t layers) {
-  const auto settle = [&](auto scalar) {
-    using T = decltype(scalar);
-    std::vector<Sample<T>> shared(samples);
-    simt::launch({blocks_of(samples, 64), 1}, {64, 1}, sample_kernel<T>,
-                 static_cast<const T*>(losses), shared.data(), samples, BlameKind(kind));
-    const SettleArguments<T> q{static_cast<const T*>(contribution),
-                               shared.data(),
-                               labels,
-                               static_cast<T*>(rows),
-                               static_cast<T*>(per_class),
-                               static_cast<T*>(per_sample),
-                               T(1 / scale),
-                               samples,
-                               units,
-                               n_classes,
-                               layers};
-    simt::launch({blocks_of(units, lanes_x), 1}, {lanes_x, lanes_y}, columns_kernel<T>, q);
-    each_layer_group(sizes, layers, [&](const LayerGroup& group, unsigned count) {
-      simt::launch({blocks_of(samples, lanes_y), count}, {lanes_x, lanes_y}, layers_kernel<T>, q,
-                   group);
-    });
-  };
-  wide ? settle(double{}) : settle(float{});
-}
-
-void elementary_float(bool logarithm, const float* x, float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = logarithm ? log_one_plus(x[i]) : exp_minus_one(x[i]);
-}
+// After an entry: what went wrong, or "".
+const char* simt_error() { return simt::error.c_str(); }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import IMAGE, B, X, sample
 from torch.func import vmap
 
 from torchbp import kernels
@@ -12,56 +13,9 @@ from torchbp.kernels import reference
 OPS = torch.ops.torchbp
 
 
-def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    torch.manual_seed(sum(shape))
-    return torch.randn(shape, dtype=dtype)
-
-
 def test_schemas_are_the_documented_ones():
     for kernel in kernels.KERNELS.values():
         assert str(kernel.op._schema) == f"torchbp::{kernel.schema}"
-
-
-X, B = sample(6, 5), sample(5)
-IMAGE = sample(2, 3, 4, 5).to(memory_format=torch.channels_last)
-CALLS = {
-    "bias_act": (OPS.bias_act.default, (X, B, "gelu", 0.1)),
-    "bias_act plain": (OPS.bias_act.default, (IMAGE, None, "silu", 0.1)),
-    "bias_act strided": (OPS.bias_act.default, (X[:, ::2], None, "relu", 0.1)),
-    "bias_act transposed": (OPS.bias_act.default, (sample(5, 6).t(), B, "relu", 0.1)),
-    "backward": (OPS.bias_act_backward.default, (X, X, B, "tanh", 0.1)),
-    "backward plain": (OPS.bias_act_backward.default, (IMAGE, IMAGE, None, "sigmoid", 0.1)),
-    "backward expanded": (
-        OPS.bias_act_backward.default,
-        (sample(1).expand(2, 3, 4, 5), IMAGE, None, "gelu_tanh", 0.1),
-    ),
-    "blame_reduce": (OPS.blame_reduce.default, (X, X, -1, False)),
-    "blame_reduce image": (OPS.blame_reduce.default, (IMAGE, IMAGE, 1, True)),
-    "blame_settle": (
-        OPS.blame_settle.default,
-        (X, B.new_ones(6), torch.arange(6), 4, 0.5, 1, [2, 3]),
-    ),
-    "blame_settle plain": (
-        OPS.blame_settle.default,
-        (X[:, ::2].double(), torch.ones(6).double(), None, 4, 0.5, 2, []),
-    ),
-    "blame_reduce half": (OPS.blame_reduce.default, (X.half(), X.half(), 1, False)),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
-    op, arguments = CALLS[name]
-    torch.library.opcheck(op, arguments)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_reference_and_kernel_have_one_layout(name):
-    op, arguments = CALLS[name]
-    got, expected = op(*arguments), getattr(reference, op._schema.name.split("::")[1])(*arguments)
-    as_tuple = [t if isinstance(t, tuple) else (t,) for t in (got, expected)]
-    for ours, theirs in zip(*as_tuple, strict=True):
-        assert ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (1, None), (0, 0), (None, 1), (2, 1)], ids=str)

@@ -1,0 +1,124 @@
+"""Example calls of every kernel in `torchbp.kernels.KERNELS`; a new kernel needs some of each kind.
+
+``SMALL`` covers the forms of a call: dtypes, layouts, optional arguments. ``LARGE`` is large enough
+to be cut into tasks for several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp import kernels
+
+Arguments = tuple[Any, ...]
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values that depend on the shape alone."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=dtype, generator=generator)
+
+
+X, B = sample(6, 5), sample(5)
+IMAGE = sample(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+SMALL: dict[str, dict[str, Arguments]] = {
+    "batch_norm_backward": {
+        "": (IMAGE, IMAGE, B[:3], B[:3].exp(), None, True),
+        "weighted": (IMAGE, IMAGE, B[:3], B[:3].exp(), B[2:], False),
+        "groups": (IMAGE, IMAGE, X[:2, :1], X[:2, :1].exp(), None, True),
+    },
+    "bias_act": {
+        "": (X, B, "gelu", 0.1),
+        "plain": (IMAGE, None, "silu", 0.1),
+        "strided": (X[:, ::2], None, "relu", 0.1),
+        "transposed": (sample(5, 6).t(), B, "relu", 0.1),
+    },
+    "bias_act_backward": {
+        "": (X, X, B, "tanh", 0.1),
+        "plain": (IMAGE, IMAGE, None, "sigmoid", 0.1),
+        "expanded": (sample(1).expand(2, 3, 4, 5), IMAGE, None, "gelu_tanh", 0.1),
+    },
+    "blame_reduce": {
+        "": (X, X, -1, False),
+        "image": (IMAGE, IMAGE, 1, True),
+        "half": (X.half(), X.half(), 1, False),
+    },
+    "blame_settle": {
+        "": (X, B.new_ones(6), torch.arange(6), 4, 0.5, 1, [2, 3]),
+        "plain": (X[:, ::2].double(), torch.ones(6).double(), None, 4, 0.5, 2, []),
+    },
+    "conv_grad_weight": {
+        "": (sample(2, 4, 3, 4), IMAGE, [2, 2], [1, 1], [0, 0], [1, 1], 1),
+        "depthwise": (sample(2, 3, 4, 5), IMAGE, [3, 3], [1, 1], [1, 1], [1, 1], 3),
+        "one dim": (sample(2, 4, 3), sample(2, 2, 7), [3], [2], [0], [1], 2),
+    },
+    "elementwise_backward": {
+        "": (X, X, 2, 0.0, 0.0),
+        "image": (sample(2, 3, 4, 5), IMAGE.to(torch.bfloat16).float(), 7, 1.0, 20.0),
+    },
+    "layer_norm_backward": {
+        "": (X, X, sample(6), sample(6).exp(), None, 1),
+        "rms": (X, X, None, sample(6).exp(), B, 1),
+        "two dims": (IMAGE, IMAGE, sample(2, 3), sample(2, 3).exp(), sample(4, 5), 2),
+    },
+    "softmax_backward": {
+        "": (X, X.softmax(-1), False),
+        "logarithm": (X.half(), X.log_softmax(-1).half(), True),
+    },
+}
+
+# Made when asked for: they take some megabytes.
+LARGE: dict[str, Callable[[], list[Arguments]]] = {
+    "batch_norm_backward": lambda: (
+        [
+            (x, x, torch.zeros(s), torch.ones(s), None, True)
+            for x, s in [
+                (sample(33, 17, 31, 31), 17),
+                (sample(1025, 257), 257),
+                (sample(7, 6, 9000), 6),
+            ]
+        ]
+        + [(x := sample(9, 12, 1023), x, torch.zeros(9, 3), torch.ones(9, 3), sample(12), True)]
+    ),
+    "bias_act": lambda: [(sample(1025, 257), sample(257), act, 0.1) for act in ("gelu", "relu")],
+    "bias_act_backward": lambda: [
+        (g := sample(*s), g, bias, "gelu", 0.1)
+        for s in [(4099, 65), (33, 4099), (1, 70_001)]
+        for bias in (sample(s[-1]), None)
+    ],
+    "blame_reduce": lambda: [
+        (sample(*s), sample(*s).flip(0), dim, False)
+        for s, dim in [
+            ((1025, 257), -1),
+            ((9, 33, 31, 33), 1),
+            ((9, 1023, 33), -1),
+            ((1, 2, 90_001), 1),
+        ]
+    ],
+    "blame_settle": lambda: [
+        (sample(1025, 257), sample(1025).abs(), torch.arange(1025) % 13, 13, 2.0, kind, [100, 157])
+        for kind in range(3)
+    ],
+    "conv_grad_weight": lambda: [
+        (sample(9, 32, 31, 31), sample(9, 16, 31, 31), *[[3, 3], [1, 1], [1, 1], [1, 1]], 1),
+        (sample(9, 32, 31, 31), sample(9, 32, 31, 31), *[[3, 3], [1, 1], [1, 1], [1, 1]], 32),
+    ],
+    "elementwise_backward": lambda: [
+        (sample(263, 257), sample(263, 257), f, 0.5, 1.5) for f in range(len(kernels.ELEMENTWISE))
+    ],
+    "layer_norm_backward": lambda: [
+        (x := sample(*s), x, mean, torch.ones(s[0]), sample(s[1]), 1)
+        for s in [(4099, 65), (65, 4099), (3, 50_001)]
+        for mean in (torch.zeros(s[0]), None)
+    ],
+    "softmax_backward": lambda: [
+        (x := sample(*s), x.softmax(-1), logarithm)
+        for s in [(4099, 65), (65, 4099), (1, 90_001)]
+        for logarithm in (False, True)
+    ],
+}
