@@ -16,7 +16,7 @@ from torchbp.kernels.table import KERNELS
 
 IGNORED, Z_LOSS = 1, 0.1
 TOLERANCE = {
-    torch.float64: 1e-13,
+    torch.float64: 5e-13,  # torch's rounding: it adds up 70,001 shares of the smoothing
     torch.float32: 2e-6,
     torch.bfloat16: 2**-7,
     torch.float16: 2**-10,
