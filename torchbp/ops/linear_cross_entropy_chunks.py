@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.overrides import has_torch_function
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
 
 from torchbp import kernels
 from torchbp.ops.arithmetic import mul
@@ -238,7 +239,7 @@ def can_chunk(
     given = [t for t in (x, w, b, weight) if t is not None]
     if (
         is_compiling()
-        or has_torch_function((*given, target))
+        or _is_watched(*given, target)
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or not (can_fuse(*cast_for_chunks(*given)) and is_plain(target))
@@ -252,6 +253,14 @@ def can_chunk(
         and settings.reduction in kernels.REDUCTIONS
         and 0 <= settings.smoothing <= 1
     )
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Whether a subclass or a mode wants to see the ops; that of the default device does not."""
+    if not has_torch_function(tensors):
+        return False
+    modes = _get_current_function_mode_stack()
+    return not is_plain(*tensors) or any(type(m) is not DeviceContext for m in modes)
 
 
 def cast_for_chunks(*tensors: Tensor | None) -> tuple[Any, ...]:
