@@ -72,7 +72,7 @@ from torchbp.ops.group_norm import group_norm, instance_norm
 from torchbp.ops.gru import gru
 from torchbp.ops.layer_norm import layer_norm, rms_norm
 from torchbp.ops.linear import add, linear
-from torchbp.ops.linear_cross_entropy import linear_cross_entropy
+from torchbp.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_rows
 from torchbp.ops.local_response import local_response_norm
 from torchbp.ops.loss_binary import (
     binary_cross_entropy,
@@ -207,6 +207,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_rows",
     "local_response_norm",
     "log",
     "log1p",

@@ -24,6 +24,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 X, B = sample(6, 5), sample(5)
+Y = torch.tensor([0, 4, 1, 1, 3, 2])
 IMAGE = sample(2, 3, 4, 5).to(memory_format=torch.channels_last)
 
 SMALL: dict[str, dict[str, Arguments]] = {
@@ -65,6 +66,20 @@ SMALL: dict[str, dict[str, Arguments]] = {
     "dropout_bits": {
         "": ((X > 0).int(),),
         "image": (IMAGE > 0,),
+    },
+    "cross_entropy": {
+        "": (X, Y, None, 1, -100, 0.0, 0.0),
+        "all": (X[:, ::2].double(), Y % 3, B[::2].double(), 0, 1, 0.1, 0.1),
+        "half": (X.half(), Y, None, 2, -100, 0.1, 0.0),
+    },
+    "cross_entropy_backward": {
+        "": (torch.tensor(0.5), X, Y, None, 1, -100, 0.0, 0.0),
+        "rows": (B[:1].expand(6), X[:, ::2], Y % 3, B[::2], 0, 1, 0.1, 0.1),
+        "half": (torch.tensor(0.5), X.half(), Y, None, 2, -100, 0.1, 0.0),
+    },
+    "cross_entropy_in_place": {
+        "": (X.clone(), torch.tensor(0.5), Y, None, -100, 0.0, 0.0),
+        "rows": (X.clone(), X[:, 0], Y, B, 1, 0.1, 0.1),
     },
     "elementwise_backward": {
         "": (X, X, 2, 0.0, 0.0),
@@ -133,6 +148,20 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
         (x := sample(*s), kernels.dropout_bits(x > 0), 1.25) for s in [(263, 257), (70_001,)]
     ],
     "dropout_bits": lambda: [((sample(*s) > 0).int(),) for s in [(263, 257), (70_001,)]],
+    "cross_entropy": lambda: [
+        (sample(n, c), torch.arange(n) % c, None, 1, 2, e, e)
+        for n, c in [(4099, 65), (65, 4099), (1, 90_001)]
+        for e in (0.0, 0.1)
+    ],
+    "cross_entropy_backward": lambda: [
+        (torch.tensor(0.5), sample(n, c), torch.arange(n) % c, None, 1, 2, e, e)
+        for n, c in [(4099, 65), (65, 4099), (1, 90_001)]
+        for e in (0.0, 0.1)
+    ],
+    "cross_entropy_in_place": lambda: [
+        (sample(n, c), torch.tensor(0.5), torch.arange(n) % c, None, 2, 0.1, 0.1)
+        for n, c in [(4099, 65), (65, 4099), (1, 90_001)]
+    ],
     "elementwise_backward": lambda: [
         (sample(263, 257), sample(263, 257), f, 0.5, 1.5) for f in range(len(kernels.ELEMENTWISE))
     ],

@@ -19,6 +19,12 @@ from torch import Tensor
 
 from . import registration
 from .add_norm import add_norm, add_norm_backward
+from .cross_entropy import (
+    REDUCTIONS,
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_in_place,
+)
 from .dropout import dropout_apply, dropout_bits
 from .gated import GATES, gated, gated_backward
 from .linear import linear_backward
@@ -31,6 +37,7 @@ __all__ = [
     "GATES",
     "HAS_EXT",
     "KERNELS",
+    "REDUCTIONS",
     "add_norm",
     "add_norm_backward",
     "batch_norm_backward",
@@ -39,6 +46,9 @@ __all__ = [
     "blame_reduce",
     "blame_settle",
     "conv_grad_weight",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_in_place",
     "dropout_apply",
     "dropout_bits",
     "elementwise_backward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchbp.ops.base import Op, midpoint, wide
+from torchbp import kernels
+from torchbp.ops.base import Op, is_plain, midpoint, wide
+from torchbp.ops.elementwise import can_fuse
 from torchbp.ops.loss import FROM_THE_HEAD, legacy_reduction, onto, refuse_gradient
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.softmax import sato_vartia
+
+_MANY_CLASSES = 256
+"""From here on forward is our kernel, too: below, torch's two passes cost no more."""
 
 
 class CrossEntropy(Op):
@@ -28,6 +34,10 @@ class CrossEntropy(Op):
     Secant: ``m_z = q ΣT - T`` with the Sato-Vartia distribution ``q`` in place of ``p``; where
     targets or weights differ between the runs, the products ``w · t · log p`` are split by
     midpoints, one pair after the other.
+
+    Nothing but the logits is kept: the kernel of the backward pass finds ``p`` in the cache. Up to
+    255 classes the loss is bitwise torch's; from there on it is the kernel's, which reads the
+    logits once, writes none, and differs from torch's by rounding.
     """
 
     autocast = {"cpu": "fp32", "cuda": "fp32"}
@@ -42,6 +52,13 @@ class CrossEntropy(Op):
         reduction: str,
         smoothing: float,
     ) -> Tensor:
+        if z.dim() > 0 and z.shape[class_dim(z)] >= _MANY_CLASSES:
+            rows = kernel_rows(z, target, weight)
+            if rows is not None and reduction in kernels.REDUCTIONS and 0 <= smoothing <= 1:
+                settings = weight, reduction, ignore_index, smoothing
+                with contextlib.suppress(RuntimeError):  # torch says which class is not there
+                    loss = kernels.cross_entropy(rows, target.reshape(-1), *settings)[0]
+                    return loss.reshape(target.shape) if reduction == "none" else loss
         return F.cross_entropy(
             z,
             target,
@@ -64,9 +81,15 @@ class CrossEntropy(Op):
         _, reduction, smoothing = ctx.options
         needs_z, needs_target, needs_weight, *_ = ctx.needs_input_grad
         grad_z = grad_target = grad_weight = None
-        if needs_z:
+        rows = None
+        if needs_z and not torch.is_grad_enabled():
+            rows = kernel_rows(z, target, weight)
+        if rows is not None:
+            grad_rows = _fused_gradient(grad_output, rows, target, weight, *ctx.options)
+            grad_z = _as_logits(grad_rows, z)
+        elif needs_z:
             p = wide(z).softmax(class_dim(z))
-            grad_z = _residual(p, grad_output, target, weight, *ctx.options).to(z.dtype)
+            grad_z = residual(p, grad_output, target, weight, *ctx.options).to(z.dtype)
         if needs_target or needs_weight:
             scale = _row_scale(grad_output, reduction, z)
             error = -wide(z).log_softmax(class_dim(z)) * scale
@@ -85,7 +108,7 @@ class CrossEntropy(Op):
         dim, sums = class_dim(z), reduction != "none"
         p, one = wide(z).softmax(dim), wide(z).new_ones(())
         part = "mean" if reduction == "mean" else "sum"  # rows are summed below
-        row = (_residual(p, one, target, weight, ignore, part, smoothing) * tz).sum(dim)
+        row = (residual(p, one, target, weight, ignore, part, smoothing) * tz).sum(dim)
         if target.is_floating_point() and tt is not None:
             change = tt * (1 - smoothing)
             if weight is not None and tw is not None:
@@ -104,7 +127,7 @@ class CrossEntropy(Op):
         dim = class_dim(z)
         q = sato_vartia(z, z0, dim)
         if not target.is_floating_point():
-            m_z = _residual(q, multiplier, target, weight, ignore, reduction, smoothing)
+            m_z = residual(q, multiplier, target, weight, ignore, reduction, smoothing)
             return m_z.to(z.dtype), None, None, None, None, None
         scale = _row_scale(multiplier, reduction, z)
         smooth, smooth0 = _smooth(target, smoothing), _smooth(target0, smoothing)
@@ -121,6 +144,44 @@ class CrossEntropy(Op):
 def class_dim(z: Tensor) -> int:
     """The dimension of the classes: the second one, or the only one."""
     return 1 if z.dim() > 1 else 0
+
+
+def kernel_rows(z: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The logits as ``[N, C]``, if the kernels take them so without a copy; otherwise ``None``."""
+    if target.dtype is not torch.int64 or not can_fuse(z) or not is_plain(target):
+        return None
+    if weight is not None and not can_fuse(z, weight):
+        return None
+    if z.dim() > 2:
+        z = z.movedim(1, -1)
+        z = z.flatten(0, -2) if z.is_contiguous() else z
+    elif z.dim() == 1:
+        z = z.unsqueeze(0)
+    return z if z.dim() == 2 and z.shape[1] > 0 else None
+
+
+def _as_logits(rows: Tensor, z: Tensor) -> Tensor:
+    """Undo :func:`kernel_rows`."""
+    if z.dim() > 2:
+        return rows.view(z.movedim(1, -1).shape).movedim(-1, 1)
+    return rows if z.dim() == 2 else rows.squeeze(0)
+
+
+def _fused_gradient(
+    grad_output: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore: int,
+    reduction: str,
+    smoothing: float,
+) -> Tensor:
+    g = wide(grad_output)
+    if reduction == "none":
+        g = g.reshape(-1)
+    if target.dim() != 1:
+        target = target.reshape(-1)
+    return kernels.cross_entropy_backward(g, rows, target, weight, reduction, ignore, smoothing)
 
 
 def _per_class(weight: Tensor, z: Tensor) -> Tensor:
@@ -185,7 +246,7 @@ def index_rows(
     return index, scale, scale if own is None else scale * own.unsqueeze(dim)
 
 
-def _residual(
+def residual(
     p: Tensor,
     multiplier: Tensor,
     target: Tensor,
