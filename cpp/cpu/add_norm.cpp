@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/add_norm_check.h"
 #include "torchbp/bits.h"
 
@@ -40,13 +40,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_cpu(
     const Tensor& x_, const Optional& residual_, const Optional& mask_, double p,
     const Optional& weight_, const Optional& bias_, int64_t dims, bool centre, double eps) {
   const RowShape shape = check_add_norm(x_, residual_, mask_, weight_, bias_, dims);
-  const Tensor x = packed(x_), y = in_huge_pages(torch::stable::empty_like(x));
+  const Tensor x = packed(x_), y = in_huge_pages(fresh_like(x));
   const Optional residual = packed_if(residual_), mask = packed_if(mask_);
-  const Tensor sum =
-      residual ? in_huge_pages(torch::stable::empty_like(x)) : torch::stable::new_empty(x, {0});
-  const Tensor rstd = torch::stable::new_empty(x, shape.statistics(), sum_dtype(x));
-  const Tensor mean =
-      centre ? torch::stable::empty_like(rstd) : torch::stable::new_empty(rstd, {0});
+  const Tensor sum = residual ? in_huge_pages(fresh_like(x)) : fresh(x, {0});
+  const Tensor rstd = fresh(x, shape.statistics(), sum_dtype(x));
+  const Tensor mean = centre ? fresh_like(rstd) : fresh(rstd, {0});
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     using A = acc_t<T>;

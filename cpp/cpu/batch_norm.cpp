@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/norm.h"
 #include "torchbp/norm_check.h"
 
@@ -159,12 +159,11 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cpu(
   check_batch_norm(grad_, x_, mean_, rstd_, weight_, training);
   const bool rows = channels_innermost(x_);
   const Tensor x = rows ? x_ : packed(x_);
-  const Tensor grad_input = in_huge_pages(torch::stable::empty_like(x)),
-               grad = with_strides_of(grad_, x);
+  const Tensor grad_input = in_huge_pages(fresh_like(x)), grad = with_strides_of(grad_, x);
   const Tensor mean = packed(mean_), rstd = packed(rstd_);
   const int64_t samples = x.size(0), channels = x.size(1);
-  const Tensor grad_weight = torch::stable::new_zeros(x, {channels}, sum_dtype(x));
-  const Tensor grad_bias = torch::stable::new_zeros(x, {channels}, sum_dtype(x));
+  const Tensor grad_weight = zeros(x, {channels}, sum_dtype(x));
+  const Tensor grad_bias = zeros(x, {channels}, sum_dtype(x));
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     using A = acc_t<T>;

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/bias_act_check.h"
 #include "torchbp/tensor.h"
 
@@ -63,7 +63,7 @@ static Tensor bias_act_cpu(const Tensor& x_, const Bias& bias_, std::string act_
   const Act act = parse_act(act_name);
   check_bias(x_, bias_);
   const Tensor like = bias_ ? torch::stable::contiguous(x_) : x_;
-  const Tensor y = in_huge_pages(torch::stable::empty_like(like)), x = with_strides_of(like, y);
+  const Tensor y = in_huge_pages(fresh_like(like)), x = with_strides_of(like, y);
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     if (x.numel() == 0) return;
@@ -108,9 +108,9 @@ static std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_, con
   check_same_shape(grad_, "grad_output", x_, "x");
   check_alike(grad_, "grad_output", x_, "x");
   const Tensor like = bias_ ? torch::stable::contiguous(x_) : x_;
-  const Tensor grad_input = in_huge_pages(torch::stable::empty_like(like));
+  const Tensor grad_input = in_huge_pages(fresh_like(like));
   const Tensor x = with_strides_of(like, grad_input), g = with_strides_of(grad_, grad_input);
-  const Tensor grad_bias = torch::stable::new_zeros(x, {bias_ ? bias_->size(0) : 0});
+  const Tensor grad_bias = zeros(x, {bias_ ? bias_->size(0) : 0});
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     if (x.numel() == 0) return;

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "cpu/memory.h"
 #include "torchbp/conv.h"
 #include "torchbp/tensor.h"
 
@@ -72,8 +73,8 @@ static Tensor conv_grad_weight_cpu(const Tensor& grad, const Tensor& x, const Si
     conv.padding[to] = padding[d];
     conv.dilation[to] = dilation[d];
   }
-  if (grad.numel() == 0 || x.numel() == 0) return torch::stable::new_zeros(x, shape);
-  const Tensor result = torch::stable::new_empty(x, shape);
+  if (grad.numel() == 0 || x.numel() == 0) return zeros(x, shape);
+  const Tensor result = fresh(x, shape);
   const bool by_channel = conv.inputs > 1;
   const Tensor g = in_lines(grad, by_channel), from = in_lines(x, by_channel);
   if (x.scalar_type() == ScalarType::Double)

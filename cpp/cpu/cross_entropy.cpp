@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cpu/fresh.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/cross_entropy_check.h"
 
 #define TORCHBP_LOOPS "cpu/cross_entropy_loops.inc"
@@ -51,7 +51,7 @@ struct LossCall {
 
   // The losses and the log-odds of the rows, [2, rows].
   Tensor forward(const Tensor& logits) const {
-    const Tensor both = torch::stable::new_empty(logits, {2, rows}, loss_dtype(logits));
+    const Tensor both = fresh(logits, {2, rows}, loss_dtype(logits));
     const auto row = TORCHBP_PICK(loss_row<T>);
     const T* z = input<T>(logits);
     A* to = output<A>(both);
@@ -106,10 +106,10 @@ static std::tuple<Tensor, Tensor> cross_entropy_cpu(const Tensor& logits_, const
     both = call.forward(logits);
     const A* losses = input<A>(both);
     if (reduction == Reduction::none) {
-      loss = torch::stable::new_empty(logits, {call.rows});
+      loss = fresh(logits, {call.rows});
       std::transform(losses, losses + call.rows, output<T>(loss), down<T>);
     } else {
-      loss = torch::stable::new_empty(logits, {});
+      loss = fresh(logits, {});
       *output<T>(loss) = call.template reduced<T>(losses);
     }
   });
@@ -125,8 +125,7 @@ static Tensor cross_entropy_backward_cpu(const Tensor& grad_, const Tensor& logi
   check_loss_gradient(grad_, logits_, reduction);
   const Tensor grad = packed(grad_), logits = packed(logits_), target = packed(target_);
   const OptionalTensor weight = packed(weight_);
-  const Tensor result = torch::stable::empty_like(logits);
-  ask_for_huge_pages(result);
+  const Tensor result = in_huge_pages(fresh_like(logits));
   with_scalar(logits.scalar_type(), "logits", [&](auto scalar) {
     using T = decltype(scalar);
     const LossCall<T> call(logits, target, weight, ignore_index, smoothing, z_loss, reduction);
@@ -144,7 +143,7 @@ static Tensor cross_entropy_in_place_cpu(const Tensor& logits, const Tensor& gra
   check_loss_gradient(grad, logits, grad.dim() == 0 ? Reduction::sum : Reduction::none);
   const Tensor g = packed(grad), target = packed(target_);
   const OptionalTensor weight = packed(weight_);
-  const Tensor both = torch::stable::new_empty(logits, {2, logits.size(0)}, loss_dtype(logits));
+  const Tensor both = fresh(logits, {2, logits.size(0)}, loss_dtype(logits));
   with_scalar(logits.scalar_type(), "logits", [&](auto scalar) {
     using T = decltype(scalar);
     using A = acc_t<T>;

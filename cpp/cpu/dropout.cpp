@@ -2,8 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/dropout_check.h"
 
 #define TORCHBP_LOOPS "cpu/dropout_loops.inc"
@@ -22,7 +22,7 @@ static void each_span(int64_t count, const F& f) {
 static Tensor dropout_bits_cpu(const Tensor& kept_) {
   const Tensor kept = packed(kept_);
   const int64_t count = kept.numel();
-  const Tensor bits = torch::stable::new_empty(kept, {ceil_div(count, 8)}, ScalarType::Byte);
+  const Tensor bits = fresh(kept, {ceil_div(count, 8)}, ScalarType::Byte);
   with_flag(kept, [&](auto flag) {
     using K = decltype(flag);
     const auto row = TORCHBP_PICK(pack_row<K>);
@@ -37,7 +37,7 @@ static Tensor dropout_bits_cpu(const Tensor& kept_) {
 static Tensor dropout_apply_cpu(const Tensor& x_, const Tensor& bits_, double scale) {
   check_bits(x_, bits_);
   const Tensor x = packed(x_), bits = packed(bits_);
-  const Tensor y = in_huge_pages(torch::stable::empty_like(x));
+  const Tensor y = in_huge_pages(fresh_like(x));
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     const auto row = TORCHBP_PICK(apply_row<T>);

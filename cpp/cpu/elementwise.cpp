@@ -4,8 +4,8 @@
 
 #include <utility>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/elementwise_check.h"
 
 namespace torchbp {

@@ -5,8 +5,8 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/gated_check.h"
 
 namespace torchbp {
@@ -62,9 +62,8 @@ static std::tuple<Tensor, Tensor> gated_backward_cpu(const Tensor& grad_, const 
   check_gated(value, gate);
   check_gated_gradient(grad_, value, gate);
   const Tensor like = gate ? value : packed(value);
-  const Tensor of_value = in_huge_pages(torch::stable::empty_like(like));
-  const Tensor of_gate =
-      gate ? in_huge_pages(torch::stable::empty_like(like)) : torch::stable::new_empty(value, {0});
+  const Tensor of_value = in_huge_pages(fresh_like(like));
+  const Tensor of_gate = gate ? in_huge_pages(fresh_like(like)) : fresh(value, {0});
   with_scalar(value.scalar_type(), "value", [&](auto scalar) {
     using T = decltype(scalar);
     if (grad_.numel() == 0) return;

@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/add_norm_check.h"
 #include "torchbp/bits.h"
 #include "torchbp/norm.h"
@@ -65,9 +65,9 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Te
                                                    const More& more) {
   const Tensor x = packed(x_), grad = packed(grad_), rstd = packed(rstd_);
   const Optional mean = packed_if(mean_);
-  const Tensor grad_input = in_huge_pages(torch::stable::empty_like(x));
-  const Tensor grad_weight = torch::stable::new_zeros(x, shape.inner, sum_dtype(x));
-  const Tensor grad_bias = torch::stable::new_zeros(x, shape.inner, sum_dtype(x));
+  const Tensor grad_input = in_huge_pages(fresh_like(x));
+  const Tensor grad_weight = zeros(x, shape.inner, sum_dtype(x));
+  const Tensor grad_bias = zeros(x, shape.inner, sum_dtype(x));
   with_scalar(x.scalar_type(), "x", [&](auto scalar) {
     using T = decltype(scalar);
     using A = acc_t<T>;
@@ -95,8 +95,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward_cpu(
   const RowShape shape =
       check_add_norm_backward(grad, grad_sum_, sum, mean, rstd, weight, mask_, dims);
   const Optional grad_sum = packed_if(grad_sum_), mask = packed_if(mask_);
-  const Tensor branch = mask ? in_huge_pages(torch::stable::empty_like(packed(sum)))
-                             : torch::stable::new_empty(sum, {0});
+  const Tensor branch = mask ? in_huge_pages(fresh_like(packed(sum))) : fresh(sum, {0});
   const auto more = [&]<class T>(LayerNorm<T>& q) {
     if (grad_sum) q.grad_sum = input<T>(*grad_sum);
     if (!mask) return;

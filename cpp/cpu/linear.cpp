@@ -169,9 +169,9 @@ static std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& g_, 
   check_linear(g_, x_, weight_);
   const int64_t rows = x_.size(0), inputs = x_.size(1), outputs = weight_.size(0);
   const Tensor g = packed(g_);
-  const Tensor grad_x = fresh_matrix(g, of_x ? rows : 0, inputs);
-  const Tensor grad_weight = fresh_matrix(g, of_weight ? outputs : 0, inputs);
-  const Tensor grad_bias = fresh_vector(g, of_bias ? outputs : 0);
+  const Tensor grad_x = fresh(g, {of_x ? rows : 0, inputs});
+  const Tensor grad_weight = fresh(g, {of_weight ? outputs : 0, inputs});
+  const Tensor grad_bias = fresh(g, {of_bias ? outputs : 0});
   const auto run = [&](auto scalar) {
     using T = decltype(scalar);
     if (of_x) {

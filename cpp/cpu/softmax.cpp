@@ -12,7 +12,7 @@ namespace torchbp {
 static Tensor softmax_backward_cpu(const Tensor& grad_, const Tensor& output_, bool logarithm) {
   check_softmax(grad_, output_);
   const Tensor grad = torch::stable::contiguous(grad_), y = torch::stable::contiguous(output_);
-  const Tensor result = torch::stable::empty_like(y);
+  const Tensor result = fresh_like(y);
   const int64_t count = y.numel(), width = row_width(y);
   with_scalar(y.scalar_type(), "output", [&](auto scalar) {
     using T = decltype(scalar);

@@ -29,10 +29,10 @@ inline void check_gated(const Tensor& value, const std::optional<Tensor>& gate) 
 
 // An empty result: shaped like the value, or like a half of it.
 inline Tensor gated_result(const Tensor& value, const std::optional<Tensor>& gate) {
-  if (gate) return torch::stable::empty_like(value);
+  if (gate) return fresh_like(value);
   std::vector<int64_t> shape(value.sizes().begin(), value.sizes().end());
   shape.back() /= 2;
-  return torch::stable::new_empty(value, shape);
+  return fresh(value, shape);
 }
 
 inline void check_gated_gradient(const Tensor& grad, const Tensor& value,

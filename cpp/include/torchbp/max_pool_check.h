@@ -116,11 +116,11 @@ inline bool channels_last(const Tensor& t, int64_t dims) {
 
 // An empty tensor of that shape; where `last`, its channels lie next to each other.
 inline Tensor pooled(const Tensor& like, const Sizes& shape, ScalarType dtype, bool last) {
-  if (!last) return torch::stable::new_empty(like, shape, dtype);
+  if (!last) return fresh(like, shape, dtype);
   Sizes order{shape[0]};
   order.insert(order.end(), shape.begin() + 2, shape.end());
   order.push_back(shape[1]);
-  Tensor t = torch::stable::new_empty(like, order, dtype);
+  Tensor t = fresh(like, order, dtype);
   for (int64_t d = int64_t(shape.size()) - 2; d >= 1; --d)
     t = torch::stable::transpose(t, d, d + 1);
   return t;

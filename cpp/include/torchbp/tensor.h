@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "torchbp/scalar.h"
 
@@ -50,28 +51,34 @@ inline void check_same_shape(const Tensor& t, const char* name, const Tensor& li
   STD_TORCH_CHECK(t.sizes().equals(like.sizes()), name, ": expected the shape of ", like_name);
 }
 
-// An empty tensor of the dtype and device of `like`. torch::stable::new_empty and empty_like look
-// an operator up by its name on every call, which a small tensor takes longer for than its work.
-inline Tensor fresh(const Tensor& like, const int64_t* sizes, const int64_t* strides,
-                    int64_t dims) {
-  int32_t dtype, device, index;
-  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
-                      aoti_torch_get_device_type(like.get(), &device) == 0 &&
-                      aoti_torch_get_device_index(like.get(), &index) == 0,
-                  "cannot tell the dtype and the device of a tensor");
+// An empty tensor, on the device of `like` and of its dtype unless another one is given.
+// torch::stable::new_empty and empty_like look an operator up by its name on every call, which
+// takes longer than the work of a small tensor.
+inline Tensor fresh(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  int32_t type = 0, device = 0, index = 0;
+  const bool known = aoti_torch_get_device_type(like.get(), &device) == 0 &&
+                     aoti_torch_get_device_index(like.get(), &index) == 0 &&
+                     (dtype ? (type = to<int32_t>(from(*dtype)), true)
+                            : aoti_torch_get_dtype(like.get(), &type) == 0);
+  STD_TORCH_CHECK(known, "cannot tell the dtype and the device of a tensor");
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &handle) == 0,
-      "cannot allocate a tensor");
+  STD_TORCH_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type, device, index, &handle) == 0,
+                  "cannot allocate a tensor");
   return Tensor(handle);
 }
-inline Tensor fresh_vector(const Tensor& like, int64_t size) {
-  const int64_t stride = 1;
-  return fresh(like, &size, &stride, 1);
-}
-inline Tensor fresh_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
-  return fresh(like, sizes, strides, 2);
+inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr int64_t most = 16;
+  const int64_t dims = int64_t(sizes.size());
+  if (dims > most) return torch::stable::new_empty(like, sizes, dtype);
+  int64_t strides[most], step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return fresh(like, sizes.data(), strides, dims, dtype);
 }
 // Strides as of torch.empty_like.
 inline Tensor fresh_like(const Tensor& t) {

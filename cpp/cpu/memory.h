@@ -1,6 +1,7 @@
-// Memory for large results.
+// Memory for results.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -24,6 +25,13 @@ inline const Tensor& in_huge_pages(const Tensor& t) {
     madvise(reinterpret_cast<void*>(first), (begin + size - first) / page * page, MADV_HUGEPAGE);
   }
 #endif
+  return t;
+}
+
+inline Tensor zeros(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  const Tensor t = fresh(like, sizes, dtype);
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size());
   return t;
 }
 
