@@ -13,7 +13,7 @@ help:
 	@echo "make test         the test-suite"
 	@echo "make test-slow    the long checks (compiled graphs in full, all seeds)"
 	@echo "make test-cuda    kernels, ops and blame on a GPU; says what is missing where there is none"
-	@echo "make test-sanitizers  the kernels' tests with the address and undefined behaviour sanitizers"
+	@echo "make test-sanitizers  the kernels' tests with the address, undefined behaviour and thread sanitizers"
 	@echo "make cuda-report  compiles the CUDA kernels for every architecture (no GPU needed); no spills"
 	@echo "make test-models  real models converted and compared (installs torchvision, transformers)"
 	@echo "make bench-models a training step of real models, converted and not"
