@@ -39,11 +39,11 @@ CALLS = {
     "blame_reduce image": (OPS.blame_reduce.default, (IMAGE, IMAGE, 1, True)),
     "blame_settle": (
         OPS.blame_settle.default,
-        (X, B.new_ones(6), torch.arange(6), 4, 0.5, 1, [2, 3]),
+        ([X, X], [X[:3], X[:3]], torch.ones(6), torch.arange(6), 4, 0.5, [1, 0]),
     ),
     "blame_settle plain": (
         OPS.blame_settle.default,
-        (X[:, ::2].double(), torch.ones(6).double(), None, 4, 0.5, 2, []),
+        ([X.double()], [X.double()[:3]], torch.ones(6).double(), None, 4, 0.5, [2]),
     ),
     "blame_reduce half": (OPS.blame_reduce.default, (X.half(), X.half(), 1, False)),
 }
