@@ -155,8 +155,9 @@ def test_blame_settle(simt, dtype, kind, with_labels):
     contribution = torch.randn(samples, units).to(dtype)
     losses = torch.linspace(-0.1, 6, samples).to(dtype)
     labels = torch.randint(-2, n_classes + 2, (samples,)) if with_labels else None
-    arguments = contribution, losses, labels, n_classes, 0.5, kind, sizes
-    expected = reference.blame_settle(*arguments)
+    layers = contribution.split(sizes, 1), contribution[:3].split(sizes, 1)
+    expected = reference.blame_settle(*layers, losses, labels, n_classes, 0.5, [kind] * len(sizes))
+    expected = (expected[0][:3], *expected[1:])
     results = [torch.full_like(t, float("nan")) for t in expected]
     results[1].zero_()
     simt.simt_blame_settle(
