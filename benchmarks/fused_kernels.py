@@ -122,12 +122,16 @@ def settle_cases(dtype: torch.dtype) -> Iterator[Case]:
         contribution = torch.randn(samples, sum(sizes), dtype=dtype) * 1e-3
         losses = torch.rand(samples, dtype=dtype) * 4
         labels = torch.randint(10, (samples,))
+        layers = (
+            contribution.split(sizes, 1),
+            torch.ones(3, sum(sizes), dtype=dtype).split(sizes, 1),
+        )
         for kind in ("taylor", "log_odds", "squared"):
-            arguments = contribution, losses, labels
+            arguments, of_layers = (contribution, losses, labels), (*layers, losses, labels)
             yield (
                 f"blame_settle {kind}",
                 _label(contribution),
-                lambda a=arguments, k=kind, s=sizes: kernels.blame_settle(*a, 10, 0.01, k, s),
+                lambda a=of_layers, k=(kind,): kernels.blame_settle(*a, 10, 0.01, k * len(a[0])),
                 lambda a=arguments, k=kind, s=sizes: _eager_settle(*a, k, s),
             )
 

@@ -47,8 +47,8 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
       "blame_reduce(Tensor activation, Tensor error, int unit_dim, bool gradient)"
       " -> (Tensor, Tensor)");
   m.def(
-      "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
-      " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)");
+      "blame_settle(Tensor[] contributions, Tensor[] stats, Tensor losses, Tensor? labels,"
+      " int n_classes, float scale, int[] kinds) -> (Tensor, Tensor, Tensor)");
   m.def(
       "conv_grad_weight(Tensor grad_output, Tensor x, int[] kernel, int[] stride, int[] padding,"
       " int[] dilation, int groups) -> Tensor");

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -34,7 +35,7 @@ static void run(const BlameLayout& layout, bool gradient, acc_t<T>* contribution
       input<T>(layout.activation), input<T>(layout.error), contribution, layout.activation_strides,
       layout.error_strides,        layout.positions,       layout.units};
   const auto tile = TORCHBP_PICK(pick_tile<T>(gradient, layout.units_inner, layout.positions == 1));
-  const Partition part(layout.samples, layout.units, layout.count());
+  const Partition part(layout.samples, layout.units, layout.count(), blame_tile);
   const int64_t size = stat_count * layout.units;
   std::vector<double> sums(part.blocks * size);
   torch::stable::parallel_for(0, part.tasks(), part.grain(), [&](int64_t begin, int64_t end) {
@@ -56,9 +57,13 @@ static std::tuple<Tensor, Tensor> blame_reduce_cpu(const Tensor& activation, con
   const BlameLayout layout = blame_layout(activation, error, unit_dim);
   const bool wide = activation.scalar_type() == ScalarType::Double;
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const Tensor contribution =
-      torch::stable::new_zeros(activation, {layout.samples, layout.units}, dtype);
-  const Tensor stats = torch::stable::new_zeros(activation, {stat_count, layout.units}, dtype);
+  // Zeros where there is nothing to sum; the loops write every element otherwise.
+  const auto results = [&](int64_t rows) {
+    const std::array<int64_t, 2> size{rows, layout.units};
+    return layout.count() == 0 ? torch::stable::new_zeros(activation, size, dtype)
+                               : torch::stable::new_empty(activation, size, dtype);
+  };
+  const Tensor contribution = results(layout.samples), stats = results(stat_count);
   with_scalar(activation.scalar_type(), "activation", [&](auto scalar) {
     using T = decltype(scalar);
     if (layout.count() == 0) return;

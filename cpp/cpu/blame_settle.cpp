@@ -12,20 +12,21 @@ namespace torchbp {
 
 static constexpr int64_t settle_tile = 512;
 
+// What the tiles of all layers share; `units` are those of all layers.
 template <class T>
 struct Settle {
-  const T* contribution;
-  const Sample<T>* shared;
   const int64_t* labels;
   T *rows, *per_class;
   T inverse_scale;
   int64_t samples, units, n_classes;
 };
-// The columns [begin, end) of one layer in one tile, and their sum for every sample.
+// Some columns of one layer, with all samples: no two tiles add to the same sum.
 template <class T>
-struct Piece {
-  int64_t layer, begin, end;
-  T* sums;
+struct SettleTile {
+  const T *contribution, *stats;  // of the first column
+  const Sample<T>* shared;
+  int64_t layer, layer_units, first, width;
+  T* per_sample;
 };
 
 }  // namespace torchbp
@@ -35,86 +36,73 @@ struct Piece {
 
 namespace torchbp {
 
-// Tiles of columns, each with all samples: no sum is shared between tasks but those of layers that
-// reach over several tiles. Their pieces are joined in order.
-struct Tiles {
-  int64_t units, width, count;
-  explicit Tiles(int64_t units_) : units(units_) {
-    width = std::clamp<int64_t>(ceil_div(ceil_div(units, 16), 64) * 64, 128, settle_tile);
-    count = ceil_div(units, width);
-  }
-  int64_t begin(int64_t tile) const { return tile * width; }
-  int64_t end(int64_t tile) const { return std::min(units, (tile + 1) * width); }
-};
-
 template <class T>
-struct Pieces {
-  std::vector<Piece<T>> all;
-  std::vector<int64_t> first;  // of every tile, and the end of the last
-  std::vector<T> sums;
-
-  Pieces(const Tiles& tiles, const Sizes& sizes, int64_t samples) {
-    int64_t layer = -1, end = 0;
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      first.push_back(int64_t(all.size()));
-      for (int64_t u = tiles.begin(tile); u < tiles.end(tile) && !sizes.empty();) {
-        while (end <= u) end += sizes[++layer];
-        const int64_t stop = std::min(end, tiles.end(tile));
-        all.push_back({layer, u, stop, nullptr});
-        u = stop;
-      }
-    }
-    first.push_back(int64_t(all.size()));
-    sums.resize(all.size() * samples);
-    for (size_t i = 0; i < all.size(); ++i) all[i].sums = sums.data() + i * samples;
+static std::vector<SettleTile<T>> tiles_of(const std::vector<SettleLayer>& layers, int64_t units,
+                                           const std::vector<Sample<T>>* shared) {
+  const int64_t sixteenth = ceil_div(ceil_div(units, 16), 64) * 64;
+  const int64_t width = std::clamp<int64_t>(sixteenth, 128, settle_tile);
+  std::vector<SettleTile<T>> tiles;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const SettleLayer& l = layers[i];
+    for (int64_t u = 0; u < l.units; u += width)
+      tiles.push_back({input<T>(l.contribution) + u, input<T>(l.stats) + u,
+                       shared[int(l.kind)].data(), int64_t(i), l.units, l.first + u,
+                       std::min(width, l.units - u), nullptr});
   }
-};
-
-template <class T>
-static void run(Settle<T> q, const T* losses, BlameKind kind, const Sizes& sizes, T* per_sample) {
-  std::vector<Sample<T>> shared(q.samples);
-  for (int64_t n = 0; n < q.samples; ++n) shared[n] = sample_of(kind, losses[n]);
-  q.shared = shared.data();
-  const Tiles tiles(q.units);
-  const Pieces<T> pieces(tiles, sizes, q.samples);
-  const auto columns = TORCHBP_PICK(settle_columns<T>);
-  const int64_t grain = ceil_div(16384, tiles.width * q.samples);
-  torch::stable::parallel_for(0, tiles.count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      columns(q, tiles.begin(i), tiles.end(i), pieces.all.data() + pieces.first[i],
-              pieces.all.data() + pieces.first[i + 1]);
-  });
-  const int64_t layers = int64_t(sizes.size());
-  for (const Piece<T>& p : pieces.all)
-    for (int64_t n = 0; n < q.samples; ++n) per_sample[n * layers + p.layer] += p.sums[n];
+  return tiles;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> blame_settle_cpu(const Tensor& contribution_,
+template <class T>
+static void run(const Settle<T>& q, const std::vector<SettleLayer>& layers, const T* losses,
+                T* per_sample) {
+  std::vector<Sample<T>> shared[3];
+  for (const SettleLayer& l : layers) {
+    std::vector<Sample<T>>& of_kind = shared[int(l.kind)];
+    if (!of_kind.empty()) continue;
+    of_kind.reserve(q.samples);
+    for (int64_t n = 0; n < q.samples; ++n) of_kind.push_back(sample_of(l.kind, losses[n]));
+  }
+  std::vector<SettleTile<T>> tiles = tiles_of<T>(layers, q.units, shared);
+  std::vector<T> sums(tiles.size() * q.samples);
+  for (size_t i = 0; i < tiles.size(); ++i) tiles[i].per_sample = sums.data() + i * q.samples;
+  const auto columns = TORCHBP_PICK(settle_columns<T>);
+  const int64_t count = int64_t(tiles.size());
+  const int64_t elements = std::max<int64_t>(1, q.units * q.samples);
+  const int64_t grain = ceil_div(16384 * count, elements);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) columns(q, tiles[i]);
+  });
+  const int64_t layer_count = int64_t(layers.size());
+  for (const SettleTile<T>& tile : tiles)
+    for (int64_t n = 0; n < q.samples; ++n)
+      per_sample[n * layer_count + tile.layer] += tile.per_sample[n];
+}
+
+static std::tuple<Tensor, Tensor, Tensor> blame_settle_cpu(Layers contributions, Layers stats,
                                                            const Tensor& losses_,
                                                            const Labels& labels_, int64_t n_classes,
-                                                           double scale, int64_t kind,
-                                                           Sizes sizes) {
-  check_blame_settle(contribution_, losses_, labels_, n_classes, scale, kind, sizes);
-  const Tensor contribution = packed(contribution_), losses = packed(losses_);
+                                                           double scale,
+                                                           std::vector<int64_t> kinds) {
+  const auto layers =
+      check_blame_settle(contributions, stats, losses_, labels_, n_classes, scale, kinds);
+  const Tensor losses = packed(losses_);
   Labels labels;
   if (labels_) labels.emplace(packed(*labels_));
-  const auto results = settle_results(contribution, labels, n_classes, sizes);
+  const auto results = settle_results(layers, labels, n_classes);
   const auto& [rows, per_class, per_sample] = results;
-  if (contribution.numel() == 0) return results;
+  if (rows.numel() == 0) return results;
   const auto settle = [&](auto scalar) {
     using T = decltype(scalar);
-    const Settle<T> q{input<T>(contribution),
-                      nullptr,
-                      labels ? input<int64_t>(*labels) : nullptr,
+    const Settle<T> q{labels ? input<int64_t>(*labels) : nullptr,
                       output<T>(rows),
                       output<T>(per_class),
                       T(1 / scale),
-                      contribution.size(0),
-                      contribution.size(1),
+                      losses.size(0),
+                      rows.size(1),
                       n_classes};
-    run(q, input<T>(losses), BlameKind(kind), sizes, output<T>(per_sample));
+    run(q, layers, input<T>(losses), output<T>(per_sample));
   };
-  contribution.scalar_type() == ScalarType::Double ? settle(double{}) : settle(float{});
+  losses.scalar_type() == ScalarType::Double ? settle(double{}) : settle(float{});
   return results;
 }
 

@@ -13,6 +13,8 @@ struct SettleArguments {
   T *rows, *per_class, *per_sample;
   T inverse_scale;
   int64_t samples, units, n_classes, layers;
+  int64_t row_units = units;  // of a row of the results, which may hold other layers too
+  const T* stats = nullptr;   // [3, units], to be passed on to the last three rows
 };
 
 // Column limits of some of the layers, handed over by value.
@@ -53,15 +55,20 @@ __global__ void columns_kernel(SettleArguments<T> q) {
     sum += b;
     absolute += magnitude(b);
     square += b * b;
-    if (known) q.per_class[label * q.units + u] += b;
+    if (known) q.per_class[label * q.row_units + u] += b;
   }
   sum = sum_over_y(sum);
   absolute = sum_over_y(absolute);
   square = sum_over_y(square);
   if (threadIdx.y != 0 || u >= q.units) return;
   q.rows[u] = sum;
-  q.rows[q.units + u] = absolute;
-  q.rows[2 * q.units + u] = square;
+  q.rows[q.row_units + u] = absolute;
+  q.rows[2 * q.row_units + u] = square;
+  if (q.stats == nullptr) return;
+  for (int s = 0; s < 3; ++s) {
+    const T factor = s == 2 ? q.inverse_scale * q.inverse_scale : T(1);
+    q.rows[(3 + s) * q.row_units + u] = q.stats[s * q.units + u] * factor;
+  }
 }
 
 // per_sample: a block takes one layer and a sample in each row lane. It reads the contributions a

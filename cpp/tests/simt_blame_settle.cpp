@@ -18,15 +18,16 @@ static void run(BlameKind kind, const T* losses, const int64_t* sizes, SettleArg
 
 extern "C" {
 
-void settle(bool wide, int64_t kind, const void* contribution, const void* losses,
-            const int64_t* labels, double scale, const int64_t* sizes, void* rows, void* per_class,
-            void* per_sample, int64_t samples, int64_t units, int64_t n_classes, int64_t layers) {
+void settle(bool wide, int64_t kind, const void* contribution, const void* stats,
+            const void* losses, const int64_t* labels, double scale, const int64_t* sizes,
+            void* rows, void* per_class, void* per_sample, int64_t samples, int64_t units,
+            int64_t n_classes, int64_t layers) {
   const auto as = [&](auto scalar) {
     using T = decltype(scalar);
     run<T>(BlameKind(kind), static_cast<const T*>(losses), sizes,
            {static_cast<const T*>(contribution), nullptr, labels, static_cast<T*>(rows),
             static_cast<T*>(per_class), static_cast<T*>(per_sample), T(1 / scale), samples, units,
-            n_classes, layers});
+            n_classes, layers, units, static_cast<const T*>(stats)});
   };
   wide ? as(double{}) : as(float{});
 }

@@ -298,6 +298,44 @@ def test_autocast_training():
         assert (found - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_layers_of_two_dtypes():
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.double())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(), Wide(6, 7).double(), nn.Tanh(), Wide(7, 4).double()
+    )
+    x, y = torch.randn(9, 5), torch.randint(4, (9,))
+    expected = attribute(model, x, y, F.cross_entropy, "link")
+    report = track(model, x, y, "link", steps=1).report()
+    for name in expected:
+        torch.testing.assert_close(
+            report.per_unit(name), expected.per_unit(name), check_dtype=False
+        )
+
+
+def test_earlier_reports_and_states_do_not_change_when_training_goes_on():
+    model, x, y = mlp()
+    with BlameTracker(model, method="taylor") as tracker:
+        kept = []
+        for _ in range(3):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            tracker.step(loss, targets=y, samples=range(len(x)))
+            kept.append((tracker.frame, tracker.report(), tracker.state_dict()))
+    expected = attribute(model, x, y, F.cross_entropy, "taylor")
+    for steps, (frame, report, state) in enumerate(kept, 1):
+        blame = expected.per_unit("1")
+        torch.testing.assert_close(frame.layers["1"].blame, blame)
+        torch.testing.assert_close(report.per_unit("1"), steps * blame)
+        torch.testing.assert_close(state["sums"][0]["rows"][0, : len(blame)], steps * blame)
+        resumed = BlameTracker(model, method="taylor")
+        resumed.load_state_dict(state)
+        torch.testing.assert_close(resumed.report().per_unit("1"), steps * blame)
+
+
 def test_nothing_warns_in_ordinary_training():
     model, x, y = mlp()
     with warnings.catch_warnings():

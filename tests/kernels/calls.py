@@ -50,8 +50,8 @@ SMALL: dict[str, dict[str, Arguments]] = {
         "half": (X.half(), X.half(), 1, False),
     },
     "blame_settle": {
-        "": (X, B.new_ones(6), torch.arange(6), 4, 0.5, 1, [2, 3]),
-        "plain": (X[:, ::2].double(), torch.ones(6).double(), None, 4, 0.5, 2, []),
+        "": ([X, X], [X[:3], X[:3]], torch.ones(6), torch.arange(6), 4, 0.5, [1, 0]),
+        "plain": ([X.double()], [X.double()[:3]], torch.ones(6).double(), None, 4, 0.5, [2]),
     },
     "conv_grad_weight": {
         "": (sample(2, 4, 3, 4), IMAGE, [2, 2], [1, 1], [0, 0], [1, 1], 1),
@@ -137,7 +137,15 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
         ]
     ],
     "blame_settle": lambda: [
-        (sample(1025, 257), sample(1025).abs(), torch.arange(1025) % 13, 13, 2.0, kind, [100, 157])
+        (
+            [sample(1025, n) for n in (100, 157)],
+            [sample(3, n) for n in (100, 157)],
+            sample(1025).abs(),
+            torch.arange(1025) % 13,
+            13,
+            2.0,
+            [kind, kind],
+        )
         for kind in range(3)
     ],
     "conv_grad_weight": lambda: [

@@ -25,12 +25,15 @@ def test_settle(blame_settle, dtype, kind, with_labels, case):
     contribution = torch.randn(samples, units).to(dtype)
     losses = torch.linspace(-0.1, 6, samples).to(dtype)
     labels = torch.randint(-2, n_classes + 2, (samples,)) if with_labels else None
-    expected = kernels.blame_settle(contribution, losses, labels, n_classes, 0.5, kind, sizes)
+    stats = torch.rand(3, units).to(dtype)
+    layers = contribution.split(sizes, 1), stats.split(sizes, 1)
+    kinds = [kind] * len(sizes)
+    expected = kernels.blame_settle(*layers, losses, labels, n_classes, 0.5, kinds)
     results = [unwritten(t) for t in expected]
     results[1].zero_()
     number, wide = [*reference.BLAME_KINDS].index(kind), dtype == torch.float64
     blame_settle.settle(
-        wide, number, contribution, losses, labels, 0.5, sizes, *results,
+        wide, number, contribution, stats, losses, labels, 0.5, sizes, *results,
         samples, units, n_classes, len(sizes),
     )  # fmt: skip
     for got, want in zip(results, expected, strict=True):

@@ -224,7 +224,8 @@ class InRunInfluence:
         labels = targets if has_classes(targets) else None
         output = gradients.output
         predictions = output.argmax(1) if isinstance(output, Tensor) and output.dim() == 2 else None
-        self._ledger.add(ids, gradients.losses, {"influence": share}, labels, predictions)
+        columns = share[:, None]
+        self._ledger.add(ids, gradients.losses, ("influence",), columns, labels, predictions)
         return share
 
     def _weight(self, gradients: SampleGradients, inputs: Any, targets: Any) -> float:

@@ -45,12 +45,20 @@ class UnitSums:
     samples: int
     loss: float
 
+    def copy(self) -> UnitSums:
+        """The same sums in memory of their own: :meth:`add` writes in place."""
+        per_class = None if self.per_class is None else self.per_class.clone()
+        return replace(self, rows=self.rows.clone(), per_class=per_class)
+
     def add(self, other: UnitSums) -> None:
         """Add another step of the same layout."""
         # Sums run over a whole training, so they are kept in double precision where there is one.
-        self.rows = _wide(self.rows) + other.rows
+        self.rows = _added(self.rows, other.rows)
         if self.per_class is not None and other.per_class is not None:
-            self.per_class = _padded_sum(_wide(self.per_class), other.per_class)
+            if len(self.per_class) == len(other.per_class):
+                self.per_class = _added(self.per_class, other.per_class)
+            else:
+                self.per_class = _padded_sum(_wide(self.per_class), other.per_class)
         self.elements = tuple(a + b for a, b in zip(self.elements, other.elements, strict=True))
         self.samples += other.samples
         self.loss += other.loss
@@ -81,13 +89,13 @@ def add_up(groups: list[UnitSums], sums: UnitSums) -> None:
         if known.layout == sums.layout and (known.per_class is None) == (sums.per_class is None):
             known.add(sums)
             return
-    groups.append(replace(sums))
+    groups.append(sums.copy())
 
 
 def merged(groups: Sequence[UnitSums]) -> UnitSums:
     """Add up sums of different layouts (steps that missed a layer), layer by layer."""
     if len(groups) == 1:
-        return groups[0]
+        return groups[0].copy()
     rows: dict[str, Tensor] = {}
     by_class: dict[str, Tensor] = {}
     elements: dict[str, int] = {}
@@ -120,6 +128,12 @@ def _padded_sum(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def _added(total: Tensor, more: Tensor) -> Tensor:
+    """Sum of the two: written into ``total`` where that is wide already."""
+    wide = _wide(total)
+    return wide.add_(more) if wide is total else wide + more
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()
 
@@ -130,6 +144,8 @@ def sample_ids(samples: Any, n: int) -> Tensor:
     Raises:
         ValueError: if they are not ``n`` non-negative integers.
     """
+    if isinstance(samples, range):  # torch would go through it one by one
+        samples = torch.arange(samples.start, samples.stop, samples.step)
     ids = torch.as_tensor(samples).cpu()
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
         raise ValueError(
@@ -149,13 +165,14 @@ class SampleLedger:
         self.seen = torch.zeros(0, dtype=torch.int64)
         self.label = torch.zeros(0, dtype=torch.int64)
         self.rival = torch.zeros(0, dtype=torch.int64)
-        self.blame: dict[str, Tensor] = {}
+        self._tables: dict[tuple[str, ...], Tensor] = {}  # [n, layers] for every set of layers
 
     def add(
         self,
         samples: Tensor,
         losses: Tensor,
-        blame: dict[str, Tensor],
+        layers: Sequence[str],
+        blame: Tensor,
         labels: Tensor | None,
         predictions: Tensor | None,
     ) -> None:
@@ -164,22 +181,35 @@ class SampleLedger:
         Args:
             samples: ``[N]`` ids, non-negative integers.
             losses: ``[N]``.
-            blame: per layer ``[N]``, summed over its units.
+            layers: names of the layers.
+            blame: ``[N, layers]``, summed over the units of each.
             labels: ``[N]`` true classes, or ``None``.
             predictions: ``[N]`` predicted classes, or ``None``.
         """
         self._grow(int(samples.max()) + 1 if len(samples) else 0)
         self.loss.index_add_(0, samples, losses.double().cpu())
         self.seen.index_add_(0, samples, torch.ones_like(samples))
-        for name, value in blame.items():
-            if name not in self.blame:
-                self.blame[name] = torch.zeros_like(self.loss)
-            self.blame[name].index_add_(0, samples, value.double().cpu())
+        self._table(layers).index_add_(0, samples, blame.double().cpu())
         if labels is not None and predictions is not None:
             labels, predictions = labels.cpu(), predictions.cpu()
             self.label[samples] = labels
             wrong = labels != predictions
             self.rival[samples[wrong]] = predictions[wrong]
+
+    @property
+    def blame(self) -> dict[str, Tensor]:
+        """Per layer ``[n]``, summed over its units and the steps."""
+        found: dict[str, Tensor] = {}
+        for layers, table in self._tables.items():
+            for name, column in zip(layers, table.unbind(1), strict=True):
+                found[name] = found[name] + column if name in found else column.clone()
+        return found
+
+    def _table(self, layers: Sequence[str]) -> Tensor:
+        key = tuple(layers)
+        if key not in self._tables:
+            self._tables[key] = self.loss.new_zeros(len(self.loss), len(key))
+        return self._tables[key]
 
     def _grow(self, size: int) -> None:
         more = size - len(self.loss)
@@ -189,7 +219,9 @@ class SampleLedger:
         self.seen = torch.cat([self.seen, self.seen.new_zeros(more)])
         self.label = torch.cat([self.label, self.label.new_full((more,), -1)])
         self.rival = torch.cat([self.rival, self.rival.new_full((more,), -1)])
-        self.blame = {n: torch.cat([b, b.new_zeros(more)]) for n, b in self.blame.items()}
+        self._tables = {
+            k: torch.cat([t, t.new_zeros(more, len(k))]) for k, t in self._tables.items()
+        }
 
     def suspicion(self) -> Tensor:
         """``[n]`` mean loss of every sample over the steps that saw it; NaN if none did."""
@@ -200,11 +232,12 @@ class SampleLedger:
         """Tensors only."""
         return {
             "loss": self.loss, "seen": self.seen, "label": self.label, "rival": self.rival,
-            "blame": dict(self.blame),
+            "blame": self.blame,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.loss, self.seen = state["loss"].clone(), state["seen"].clone()
         self.label, self.rival = state["label"].clone(), state["rival"].clone()
-        self.blame = {n: b.clone() for n, b in state["blame"].items()}
+        blame = state["blame"]
+        self._tables = {tuple(blame): torch.stack([*blame.values()], 1)} if blame else {}

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchbp import kernels
@@ -43,7 +42,7 @@ class Step:
 
 def settle(
     step: Step, entries: Sequence[Entry], method: str, first_order: Collection[str]
-) -> tuple[UnitSums, dict[str, Tensor]]:
+) -> tuple[UnitSums, Tensor]:
     """Sum the blame of a step over samples, and per sample over the units of each layer.
 
     Args:
@@ -53,7 +52,7 @@ def settle(
         first_order: layers that ``link`` must leave at first order.
 
     Returns:
-        The sums over samples, and ``[N]`` per layer.
+        The sums over samples, and ``[N, layers]`` per sample.
 
     Raises:
         ValueError: if a layer's dimension 0 does not run over the samples.
@@ -66,30 +65,43 @@ def settle(
                 f"{n} samples; it must run over samples"
             )
     kind = "taylor" if method != "link" else "squared" if step.head.kind == "mse" else "log_odds"
-    # Layer by layer: joining the contributions first would copy them all.
-    done = [_layer(step, e, "taylor" if e.name in first_order else kind) for e in entries]
-    layout = Layout(tuple(e.name for e in entries), tuple(e.contribution.shape[1] for e in entries))
-    stats = torch.cat([e.stats for e in entries], 1)
-    stats[2] /= step.scale**2
-    rows = torch.cat([_joined([d[0] for d in done]), stats])
-    per_class = None if step.labels is None else _joined([d[1] for d in done])
-    elements = tuple(e.elements for e in entries)
-    sums = UnitSums(layout, rows, per_class, elements, n, float(step.losses.sum()))
-    per_sample = _joined([d[2] for d in done]).unbind(1)
-    return sums, dict(zip(layout.names, per_sample, strict=True))
-
-
-def _layer(step: Step, entry: Entry, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    contribution, scale = entry.contribution, step.scale
-    losses, labels = step.losses.to(contribution.dtype), step.labels
+    kinds = ["taylor" if e.name in first_order else kind for e in entries]
+    contributions, stats = _of_one_dtype(entries)
+    losses, labels, scale = step.losses.to(contributions[0].dtype), step.labels, step.scale
     if kind == "log_odds" and sample_weights(step.head, step.targets) is not None:
-        # Class weights are rare: the kernel does without them.
-        contribution = link_blame(step.head, contribution / scale, losses, step.targets)
-        kind, scale = "taylor", 1.0
+        contributions, stats = _with_class_weights(step, losses, kinds, contributions, stats)
+        kinds, scale = ["taylor"] * len(kinds), 1.0
     n_classes = 0 if labels is None else step.output.shape[1]
-    sizes = (contribution.shape[1],)
-    return kernels.blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
+    rows, per_class, per_sample = kernels.blame_settle(
+        contributions, stats, losses, labels, n_classes, scale, kinds
+    )
+    layout = Layout(tuple(e.name for e in entries), tuple(c.shape[1] for c in contributions))
+    elements = tuple(e.elements for e in entries)
+    by_class = None if labels is None else per_class
+    return UnitSums(layout, rows, by_class, elements, n, float(step.losses.sum())), per_sample
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts], 1)
+def _of_one_dtype(entries: Sequence[Entry]) -> tuple[list[Tensor], list[Tensor]]:
+    """Contributions and stats; a model may have float32 and float64 layers."""
+    contributions, stats = [e.contribution for e in entries], [e.stats for e in entries]
+    if len({c.dtype for c in contributions}) > 1:
+        return [c.double() for c in contributions], [s.double() for s in stats]
+    return contributions, stats
+
+
+def _with_class_weights(
+    step: Step,
+    losses: Tensor,
+    kinds: Sequence[str],
+    contributions: Sequence[Tensor],
+    stats: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Blame in place of contributions, everything unscaled: the kernel knows no class weights."""
+    blame = [
+        c / step.scale
+        if kind == "taylor"
+        else link_blame(step.head, c / step.scale, losses, step.targets)
+        for c, kind in zip(contributions, kinds, strict=True)
+    ]
+    unscaled = [s.new_tensor([[1.0], [1.0], [step.scale**-2]]) * s for s in stats]
+    return blame, unscaled

@@ -162,7 +162,7 @@ class BlameTracker:
         if self.method == "link":
             self._check_link(head, output, targets)
         step = Step(head, scale, losses, targets, output)
-        if not math.isfinite(scale) or not bool(torch.isfinite(losses.sum())):
+        if not math.isfinite(scale) or not math.isfinite(float(losses.sum())):
             self._report_nonfinite(pending.entries, now, whole_step=True)
         else:
             self._settle(step, pending.entries, now, samples)
@@ -178,7 +178,7 @@ class BlameTracker:
     def _settle(self, step: Step, entries: list[Entry], now: int, samples: Tensor | None) -> None:
         sums, per_sample = settle(step, entries, self.method, self._first_order(entries))
         bad: list[str] = []
-        if not bool(torch.isfinite(sums.rows.sum())):
+        if not math.isfinite(float(sums.rows.sum())):
             bad = self._report_nonfinite(entries, now)
             good = [e for e in entries if e.name not in bad]
             if not good:
@@ -187,7 +187,9 @@ class BlameTracker:
         if samples is not None:
             self._samples = self._samples or SampleLedger()
             predictions = None if step.labels is None else step.output.argmax(1)
-            self._samples.add(samples, step.losses, per_sample, step.labels, predictions)
+            self._samples.add(
+                samples, step.losses, sums.layout.names, per_sample, step.labels, predictions
+            )
         self._last = sums, now, tuple(bad)
         add_up(self._sums, sums)
         if self._logger is not None:
@@ -275,7 +277,9 @@ class BlameTracker:
         return {
             "steps": self.steps,
             "method": self.method,
-            "sums": [vars(s) | {"layout": (s.layout.names, s.layout.sizes)} for s in self._sums],
+            "sums": [
+                vars(s.copy()) | {"layout": (s.layout.names, s.layout.sizes)} for s in self._sums
+            ],
             "samples": None if self._samples is None else self._samples.state_dict(),
         }
 
@@ -292,7 +296,8 @@ class BlameTracker:
             )
         self.steps = state["steps"]
         self._sums = [
-            UnitSums(**{**s, "layout": Layout(*map(tuple, s["layout"]))}) for s in state["sums"]
+            UnitSums(**{**s, "layout": Layout(*map(tuple, s["layout"]))}).copy()
+            for s in state["sums"]
         ]
         if state["samples"] is not None:
             self._samples = SampleLedger()

@@ -168,7 +168,9 @@ class Watch:
             value = first_tensor(output)
             if value is None or not value.requires_grad:
                 return None
-            handed_on = any(value is t for t in args)  # Identity is an edge of its own
+            handed_on = False  # Identity is an edge of its own
+            for argument in args:  # twice as fast as any(), and every call pays for it
+                handed_on = handed_on or argument is value
             if handed_on:
                 value = value.view_as(value)
             if self._selected is None:
@@ -193,13 +195,16 @@ class Watch:
         """Have the error signal of ``value`` reduced; returns what the next module shall see."""
         order, version = self._pending.calls, value._version
         self._pending.calls += 1
-        activation, pending = value.detach(), self._pending
+        kept, pending = [value.detach()], self._pending
 
         def on_error(error: Tensor) -> None:
-            if activation._version != version:
+            if not kept:
+                return  # a second backward, which step() refuses
+            # The graph lives longer than its saved tensors, and this one shall not outlive them.
+            a, delta = kept.pop(), error.detach()
+            if a._version != version:
                 self._overwritten(name)
                 return
-            a, delta = activation, error.detach()
             if a.dim() == 1:
                 a, delta = a[:, None], delta[:, None]
             contribution, stats = kernels.blame_reduce(a, delta, dim, self._gradient)

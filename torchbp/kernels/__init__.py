@@ -177,15 +177,15 @@ def blame_reduce(
 
 
 def blame_settle(
-    contribution: Tensor,
+    contributions: Sequence[Tensor],
+    stats: Sequence[Tensor],
     losses: Tensor,
     labels: Tensor | None = None,
     n_classes: int = 0,
     scale: float = 1.0,
-    kind: str = "taylor",
-    sizes: Sequence[int] = (),
+    kinds: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Turn contributions into blame and sum it every way, without storing it.
+    r"""Turn the contributions of all layers into blame and sum it every way, without storing it.
 
     With ``t = contribution / scale`` and ``l`` the loss of the sample, the blame of a unit is
 
@@ -200,28 +200,35 @@ def blame_settle(
     stay in the sums that they belong to.
 
     Args:
-        contribution: Shape ``[N, U]``, all layers side by side; float32 or float64.
-        losses: ``l``, shape ``[N]``; dtype and device of ``contribution``.
+        contributions: Of each of ``L`` layers, ``[N, U_i]``; float32 or float64.
+        stats: Of each layer, ``[3, U_i]`` as `blame_reduce` returns them; dtype and device of
+            ``contributions``.
+        losses: ``l``, shape ``[N]``; dtype and device of ``contributions``.
         labels: True classes, int64, shape ``[N]``; None for none. A label outside
             ``[0, n_classes)`` counts in no class.
         n_classes: How many classes there are.
-        scale: Divides the contributions; not 0.
-        kind: ``taylor``, ``log_odds`` or ``squared``.
-        sizes: Columns of each of ``L`` layers, ``U`` in all; may be empty.
+        scale: Divides the contributions, and its square the squares of error signals; not 0.
+        kinds: Of each layer, ``taylor``, ``log_odds`` or ``squared``; empty for ``taylor``.
 
     Returns:
-        ``rows`` ``[3, U]``: over samples, the sum of ``b``, of ``|b|`` and of ``b ** 2``.
-        ``per_class`` ``[n_classes, U]`` (``[0, U]`` without labels): the sum of ``b`` over the
-        samples of each class. ``per_sample`` ``[N, L]``: the sum of ``b`` over the columns of each
-        layer. All of the dtype of ``contribution``; they do not depend on the number of threads.
+        ``rows`` ``[6, U]``, all layers side by side: over samples, the sum of ``b``, of ``|b|`` and
+        of ``b ** 2``; then the stats. ``per_class`` ``[n_classes, U]`` (``[0, U]`` without labels):
+        the sum of ``b`` over the samples of each class. ``per_sample`` ``[N, L]``: the sum of ``b``
+        over the units of each layer. All of the dtype of ``contributions``; they do not depend on
+        the number of threads.
 
     Raises:
         RuntimeError: An argument is not as described.
     """
-    number = _kind_number.get(kind)
-    if number is None:
-        raise RuntimeError(f"kind: expected {', '.join(BLAME_KINDS)}, got {kind}")
-    return registration.blame_settle(contribution, losses, labels, n_classes, scale, number, sizes)
+    try:
+        numbers = [_kind_number[kind] for kind in kinds] or [0] * len(contributions)
+    except KeyError as unknown:
+        raise RuntimeError(
+            f"kinds: expected {', '.join(BLAME_KINDS)}, got {unknown.args[0]}"
+        ) from None
+    return registration.blame_settle(
+        contributions, stats, losses, labels, n_classes, scale, numbers
+    )
 
 
 def conv_grad_weight(

@@ -70,40 +70,61 @@ def _check_one_per_sample(t: Tensor, name: str, samples: int) -> None:
 
 
 def check_blame_settle(
-    contribution: Tensor,
+    contributions: Sequence[Tensor],
+    stats: Sequence[Tensor],
     losses: Tensor,
     labels: Tensor | None,
     n_classes: int,
     scale: float,
-    kind: int,
-    sizes: Sequence[int],
+    kinds: Sequence[int],
 ) -> None:
     """Raise RuntimeError where an argument of `blame_settle` is not as documented."""
-    if contribution.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"contribution: expected float32 or float64, got {contribution.dtype}")
-    if contribution.dim() != 2:
-        raise RuntimeError(f"contribution: expected samples x units, got {contribution.dim()} dims")
-    samples, units = contribution.shape
+    if not contributions:
+        raise RuntimeError("contributions: expected at least one layer, got none")
+    first, layers = contributions[0], len(contributions)
+    for name, given in (("stats", stats), ("kinds", kinds)):
+        if len(given) != layers:
+            raise RuntimeError(
+                f"{name}: expected one for each of {layers} layers, got {len(given)}"
+            )
+    for c, s in zip(contributions, stats, strict=True):
+        _check_settle_layer(c, s, first)
+    samples = len(first)
     _check_one_per_sample(losses, "losses", samples)
-    check_alike(losses, "losses", contribution, "contribution")
+    check_alike(losses, "losses", first, "the contributions")
     if labels is not None:
         _check_one_per_sample(labels, "labels", samples)
         if labels.dtype != torch.int64:
             raise RuntimeError(f"labels: expected int64, got {labels.dtype}")
-        if labels.device != contribution.device:
-            raise RuntimeError("labels: expected the device of contribution")
+        if labels.device != first.device:
+            raise RuntimeError("labels: expected the device of the contributions")
     if n_classes < 0:
         raise RuntimeError(f"n_classes: expected 0 or more, got {n_classes}")
     if scale == 0:
         raise RuntimeError("scale: expected a number other than 0")
-    if kind not in range(len(BLAME_KINDS)):
-        raise RuntimeError(f"kind: expected 0 (taylor), 1 (log_odds) or 2 (squared), got {kind}")
-    if any(size < 0 for size in sizes):
-        raise RuntimeError(f"sizes: expected 0 or more columns in a layer, got {min(sizes)}")
-    if len(sizes) > 0 and sum(sizes) != units:
+    for kind in kinds:
+        if kind not in range(len(BLAME_KINDS)):
+            raise RuntimeError(
+                f"kinds: expected 0 (taylor), 1 (log_odds) or 2 (squared), got {kind}"
+            )
+
+
+def _check_settle_layer(contribution: Tensor, stats: Tensor, first: Tensor) -> None:
+    if contribution.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"contributions: expected float32 or float64, got {contribution.dtype}")
+    if contribution.dim() != 2:
         raise RuntimeError(
-            f"sizes: expected a sum of {units}, the columns of contribution, got {sum(sizes)}"
+            f"contributions: expected samples x units, got {contribution.dim()} dims"
         )
+    check_alike(contribution, "contributions", first, "the first of them")
+    samples, units = contribution.shape
+    if samples != len(first):
+        raise RuntimeError(
+            f"contributions: expected {len(first)} samples, as the first has, got {samples}"
+        )
+    if stats.shape != (3, units):
+        raise RuntimeError(f"stats: expected 3 x {units}, got shape {tuple(stats.shape)}")
+    check_alike(stats, "stats", first, "the contributions")
 
 
 def settled_blame(taylor: Tensor, losses: Tensor, kind: int) -> Tensor:
@@ -123,28 +144,34 @@ def settled_blame(taylor: Tensor, losses: Tensor, kind: int) -> Tensor:
 
 
 def blame_settle(
-    contribution: Tensor,
+    contributions: Sequence[Tensor],
+    stats: Sequence[Tensor],
     losses: Tensor,
     labels: Tensor | None,
     n_classes: int,
     scale: float,
-    kind: int,
-    sizes: Sequence[int],
+    kinds: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference of `torchbp.kernels.blame_settle`; same results and errors, ``kind`` a number."""
-    check_blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
-    blame = settled_blame(contribution * (1 / scale), losses, kind)
-    rows = torch.stack([blame.sum(0), blame.abs().sum(0), blame.square().sum(0)])
+    """Reference of `blame_settle`; same results and errors, ``kinds`` are numbers."""
+    check_blame_settle(contributions, stats, losses, labels, n_classes, scale, kinds)
+    parts = [
+        settled_blame(c * (1 / scale), losses, kind)
+        for c, kind in zip(contributions, kinds, strict=True)
+    ]
+    blame = torch.cat(parts, 1)
+    of_layers = torch.cat([*stats], 1)
+    rows = torch.cat([
+        torch.stack([blame.sum(0), blame.abs().sum(0), blame.square().sum(0)]),
+        of_layers[:2],
+        of_layers[2:] / scale**2,
+    ])  # fmt: skip
     per_class = blame.new_zeros(0 if labels is None else n_classes, blame.shape[1])
     if labels is not None:
         # One row more takes the labels out of range.
         row = torch.where((labels >= 0) & (labels < n_classes), labels, n_classes)
         wide = blame.new_zeros(n_classes + 1, blame.shape[1]).index_add_(0, row, blame)
         per_class = wide[:n_classes].clone()
-    per_sample = blame.new_zeros(len(blame), len(sizes))
-    if len(sizes) > 0:
-        per_sample = torch.stack([part.sum(1) for part in blame.split(list(sizes), 1)], 1)
-    return rows, per_class, per_sample
+    return rows, per_class, torch.stack([part.sum(1) for part in parts], 1)
 
 
 def _check_values(t: Tensor, name: str, count: int, x: Tensor) -> None:

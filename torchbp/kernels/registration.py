@@ -38,20 +38,20 @@ def _fake_blame_reduce(
 
 
 def _fake_blame_settle(
-    contribution: Tensor,
+    contributions: Sequence[Tensor],
+    stats: Sequence[Tensor],
     losses: Tensor,
     labels: Tensor | None,
     n_classes: int,
     scale: float,
-    kind: int,
-    sizes: Sequence[int],
+    kinds: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check_blame_settle(contribution, losses, labels, n_classes, scale, kind, sizes)
-    samples, units = contribution.shape
+    reference.check_blame_settle(contributions, stats, losses, labels, n_classes, scale, kinds)
+    units = sum(c.shape[1] for c in contributions)
     return (
-        contribution.new_empty((3, units)),
-        contribution.new_empty((0 if labels is None else n_classes, units)),
-        contribution.new_empty((samples, len(sizes))),
+        losses.new_empty((6, units)),
+        losses.new_empty((0 if labels is None else n_classes, units)),
+        losses.new_empty((len(losses), len(contributions))),
     )
 
 
@@ -236,8 +236,8 @@ blame_reduce = add(
     _vmap_blame_reduce,
 )
 blame_settle = add(
-    "blame_settle(Tensor contribution, Tensor losses, Tensor? labels, int n_classes, float scale,"
-    " int kind, int[] sizes) -> (Tensor, Tensor, Tensor)",
+    "blame_settle(Tensor[] contributions, Tensor[] stats, Tensor losses, Tensor? labels,"
+    " int n_classes, float scale, int[] kinds) -> (Tensor, Tensor, Tensor)",
     reference.blame_settle,
     _fake_blame_settle,
 )

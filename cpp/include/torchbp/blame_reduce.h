@@ -5,7 +5,8 @@
 
 namespace torchbp {
 
-inline constexpr int stat_count = 3;  // zeros, sum of a^2, sum of delta^2
+inline constexpr int stat_count = 3;     // zeros, sum of a^2, sum of delta^2
+inline constexpr int blame_tile = 1024;  // units whose sums a CPU task keeps side by side
 
 template <class A>
 struct Terms {

@@ -104,10 +104,11 @@ inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
 // each and are therefore made only as far as the column tiles leave threads without work.
 struct Partition {
   static constexpr int64_t tile = 512;
-  int64_t rows, columns, tiles, blocks, block_rows, elements_per_task;
+  int64_t rows, columns, width, tiles, blocks, block_rows, elements_per_task;
 
-  Partition(int64_t rows_, int64_t columns_, int64_t elements) : rows(rows_), columns(columns_) {
-    tiles = std::max<int64_t>(1, ceil_div(columns, tile));
+  Partition(int64_t rows_, int64_t columns_, int64_t elements, int64_t width_ = tile)
+      : rows(rows_), columns(columns_), width(width_) {
+    tiles = std::max<int64_t>(1, ceil_div(columns, width));
     blocks = std::clamp<int64_t>(std::min(ceil_div(64, tiles), elements >> 16), 1,
                                  std::max<int64_t>(1, rows));
     block_rows = ceil_div(rows, blocks);
@@ -117,8 +118,8 @@ struct Partition {
   int64_t grain() const { return ceil_div(16384, elements_per_task); }
   int64_t row_begin(int64_t block) const { return std::min(rows, block * block_rows); }
   int64_t row_end(int64_t block) const { return std::min(rows, (block + 1) * block_rows); }
-  int64_t column_begin(int64_t t) const { return t * tile; }
-  int64_t column_end(int64_t t) const { return std::min(columns, (t + 1) * tile); }
+  int64_t column_begin(int64_t t) const { return t * width; }
+  int64_t column_end(int64_t t) const { return std::min(columns, (t + 1) * width); }
 };
 
 }  // namespace torchbp
