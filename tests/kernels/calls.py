@@ -27,7 +27,20 @@ X, B = sample(6, 5), sample(5)
 Y = torch.tensor([0, 4, 1, 1, 3, 2])
 IMAGE = sample(2, 3, 4, 5).to(memory_format=torch.channels_last)
 
+BITS = torch.arange(4, dtype=torch.uint8) * 77
+POOLED = kernels.max_pool(IMAGE, [2, 3], [1, 2], [1, 1], [1, 1], True)
+WINDOW = [3, 3], [2, 2], [1, 1], [1, 1]
+
 SMALL: dict[str, dict[str, Arguments]] = {
+    "add_norm": {
+        "": (X, None, None, 0.0, B, None, 1, False, 1e-5),
+        "dropped": (X, X.flip(0), BITS, 0.5, B, B, 1, True, 1e-5),
+        "half": (X.half(), X.half(), None, 0.0, None, None, 2, True, 1e-5),
+    },
+    "add_norm_backward": {
+        "": (X, X, X, sample(6), sample(6).exp(), B, BITS, 0.5, 1),
+        "rms": (X, None, X, None, sample(6).exp(), None, None, 0.0, 1),
+    },
     "batch_norm_backward": {
         "": (IMAGE, IMAGE, B[:3], B[:3].exp(), None, True),
         "weighted": (IMAGE, IMAGE, B[:3], B[:3].exp(), B[2:], False),
@@ -102,6 +115,17 @@ SMALL: dict[str, dict[str, Arguments]] = {
         "rms": (X, X, None, sample(6).exp(), B, 1),
         "two dims": (IMAGE, IMAGE, sample(2, 3), sample(2, 3).exp(), sample(4, 5), 2),
     },
+    "linear_backward": {
+        "": (sample(6, 4), X, sample(4, 5), True, True, True),
+        "weight": (sample(6, 4).double(), X.double(), sample(4, 5).double(), False, True, False),
+    },
+    "max_pool": {
+        "": (IMAGE, [2, 3], [1, 2], [1, 1], [1, 1], True),
+        "one dim": (sample(2, 3, 20), [3], [2], [0], [2], False),
+    },
+    "max_pool_backward": {
+        "": (POOLED[0], POOLED[1], [2, 3, 4, 5], [2, 3], [1, 2], [1, 1], [1, 1]),
+    },
     "softmax_backward": {
         "": (X, X.softmax(-1), False),
         "logarithm": (X.half(), X.log_softmax(-1).half(), True),
@@ -110,6 +134,15 @@ SMALL: dict[str, dict[str, Arguments]] = {
 
 # Made when asked for: they take some megabytes.
 LARGE: dict[str, Callable[[], list[Arguments]]] = {
+    "add_norm": lambda: [
+        (x := sample(*s), x, None, 0.0, sample(s[1]), None, 1, centre, 1e-5)
+        for s in [(1025, 257), (3, 70_001)]
+        for centre in (True, False)
+    ],
+    "add_norm_backward": lambda: [
+        (x := sample(*s), x, x, sample(s[0]), sample(s[0]).exp(), sample(s[1]), None, 0.0, 1)
+        for s in [(1025, 257), (3, 70_001)]
+    ],
     "batch_norm_backward": lambda: (
         [
             (x, x, torch.zeros(s), torch.ones(s), None, True)
@@ -186,6 +219,25 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
         (x := sample(*s), x, mean, torch.ones(s[0]), sample(s[1]), 1)
         for s in [(4099, 65), (65, 4099), (3, 50_001)]
         for mean in (torch.zeros(s[0]), None)
+    ],
+    "linear_backward": lambda: [
+        (sample(n, o), sample(n, i), sample(o, i), True, True, True)
+        for n, i, o in [(257, 300, 270), (1, 600, 1100), (1100, 17, 33)]
+    ],
+    "max_pool": lambda: [
+        (x, *WINDOW, False)
+        for x in (
+            sample(5, 17, 63, 65),
+            sample(5, 17, 63, 65).to(memory_format=torch.channels_last),
+        )
+    ],
+    "max_pool_backward": lambda: [
+        (y, taps, [5, 17, 63, 65], *WINDOW)
+        for x in (
+            sample(5, 17, 63, 65),
+            sample(5, 17, 63, 65).to(memory_format=torch.channels_last),
+        )
+        for y, taps in [kernels.max_pool(x, *WINDOW, False)]
     ],
     "softmax_backward": lambda: [
         (x := sample(*s), x.softmax(-1), logarithm)
