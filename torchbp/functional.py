@@ -37,6 +37,7 @@ from torchbp.ops.adaptive_max_pool import (
     fractional_max_pool3d_with_indices,
 )
 from torchbp.ops.add_norm import add_norm
+from torchbp.ops.alpha_dropout import alpha_dropout, feature_alpha_dropout
 from torchbp.ops.arithmetic import div, matmul, mul
 from torchbp.ops.attention import scaled_dot_product_attention
 from torchbp.ops.avg_pool import (
@@ -56,14 +57,7 @@ from torchbp.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_
 from torchbp.ops.cross_entropy import cross_entropy
 from torchbp.ops.ctc import ctc_loss
 from torchbp.ops.distance import cosine_similarity, normalize, pairwise_distance
-from torchbp.ops.dropout import (
-    alpha_dropout,
-    dropout,
-    dropout1d,
-    dropout2d,
-    dropout3d,
-    feature_alpha_dropout,
-)
+from torchbp.ops.dropout import dropout, dropout1d, dropout2d, dropout3d
 from torchbp.ops.embedding import embedding
 from torchbp.ops.embedding_bag import embedding_bag
 from torchbp.ops.fold import fold, unfold
