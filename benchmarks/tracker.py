@@ -1,6 +1,6 @@
 """What the tracker costs: a training step with it against the same step without.
 
-    python benchmarks/tracker.py [--threads 2] [--pairs 11]
+    python benchmarks/tracker.py [--threads 2] [--pairs 11] [--only MODEL] [--layers torchbp]
 
 Prints a markdown table. A ratio of 1.10 means that tracking makes the step 10 % longer. Both
 sides train the same model with plain SGD; they alternate, and the median over pairs counts.
@@ -73,6 +73,8 @@ CASES: dict[str, tuple[str, Callable[[], Case]]] = {
     "transformer": ("4 layers, d 256, sequence 64, batch 8", transformer),
 }
 
+SOURCES = ("torch", "torchbp")
+
 
 def step(model: nn.Module, x: Tensor, y: Tensor, tracker: BlameTracker | None) -> None:
     loss = F.cross_entropy(model(x), y)
@@ -111,16 +113,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--only", choices=CASES, help="this model alone")
+    parser.add_argument("--layers", choices=SOURCES, help="of torch alone, or converted alone")
+    parser.add_argument("--every", type=int, help="track one step in this many; 1 and 10 if left")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{header(options.threads, options.pairs)}, method link\n")
     print("| model | size | layers of | every | without (ms) | with (ms) | ratio |")
     print("|---|---|---|---:|---:|---:|---:|")
     for name, (size, make) in CASES.items():
-        for converted in (False, True):
-            for every in (1, 10):
+        if options.only not in (None, name):
+            continue
+        for source in [options.layers] if options.layers else SOURCES:
+            for every in [options.every] if options.every else (1, 10):
+                converted = source == "torchbp"
                 ratio, plain, tracked = measure(make, converted, every, options.pairs)
-                source = "torchbp" if converted else "torch"
                 print(
                     f"| {name} | {size} | {source} | {every} | {plain:.2f} | {tracked:.2f} "
                     f"| {ratio:.3f} |",

@@ -47,6 +47,9 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
       "blame_reduce(Tensor activation, Tensor error, int unit_dim, bool gradient)"
       " -> (Tensor, Tensor)");
   m.def(
+      "blame_reduce_into(Tensor activation, Tensor error, int unit_dim, bool gradient,"
+      " Tensor(a!) contribution, Tensor(b!) stats) -> ()");
+  m.def(
       "blame_settle(Tensor[] contributions, Tensor[] stats, Tensor losses, Tensor? labels,"
       " int n_classes, float scale, int[] kinds) -> (Tensor, Tensor, Tensor)");
   m.def(

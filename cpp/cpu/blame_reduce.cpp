@@ -2,11 +2,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "torchbp/blame_reduce_check.h"
 #include "torchbp/tensor.h"
 
@@ -52,28 +52,39 @@ static void run(const BlameLayout& layout, bool gradient, acc_t<T>* contribution
   }
 }
 
+static void reduce(const BlameLayout& layout, bool gradient, const Tensor& contribution,
+                   const Tensor& stats) {
+  if (layout.count() == 0) {  // the loops write every element otherwise
+    clear(contribution);
+    clear(stats);
+    return;
+  }
+  with_scalar(layout.activation.scalar_type(), "activation", [&](auto scalar) {
+    using T = decltype(scalar);
+    run<T>(layout, gradient, output<acc_t<T>>(contribution), output<acc_t<T>>(stats));
+  });
+}
+
 static std::tuple<Tensor, Tensor> blame_reduce_cpu(const Tensor& activation, const Tensor& error,
                                                    int64_t unit_dim, bool gradient) {
   const BlameLayout layout = blame_layout(activation, error, unit_dim);
-  const bool wide = activation.scalar_type() == ScalarType::Double;
-  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
-  // Zeros where there is nothing to sum; the loops write every element otherwise.
-  const auto results = [&](int64_t rows) {
-    const std::array<int64_t, 2> size{rows, layout.units};
-    return layout.count() == 0 ? torch::stable::new_zeros(activation, size, dtype)
-                               : torch::stable::new_empty(activation, size, dtype);
-  };
-  const Tensor contribution = results(layout.samples), stats = results(stat_count);
-  with_scalar(activation.scalar_type(), "activation", [&](auto scalar) {
-    using T = decltype(scalar);
-    if (layout.count() == 0) return;
-    run<T>(layout, gradient, output<acc_t<T>>(contribution), output<acc_t<T>>(stats));
-  });
+  const ScalarType dtype = blame_dtype(activation);
+  const Tensor contribution = fresh(activation, {layout.samples, layout.units}, dtype);
+  const Tensor stats = fresh(activation, {stat_count, layout.units}, dtype);
+  reduce(layout, gradient, contribution, stats);
   return {contribution, stats};
+}
+
+static void blame_reduce_into_cpu(const Tensor& activation, const Tensor& error, int64_t unit_dim,
+                                  bool gradient, const Tensor& contribution, const Tensor& stats) {
+  const BlameLayout layout = blame_layout(activation, error, unit_dim);
+  check_blame_results(layout, contribution, stats);
+  reduce(layout, gradient, contribution, stats);
 }
 
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
   m.impl("blame_reduce", TORCH_BOX(&torchbp::blame_reduce_cpu));
+  m.impl("blame_reduce_into", TORCH_BOX(&torchbp::blame_reduce_into_cpu));
 }

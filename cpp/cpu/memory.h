@@ -28,10 +28,13 @@ inline const Tensor& in_huge_pages(const Tensor& t) {
   return t;
 }
 
+inline void clear(const Tensor& t) {
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size());
+}
 inline Tensor zeros(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                     std::optional<ScalarType> dtype = std::nullopt) {
   const Tensor t = fresh(like, sizes, dtype);
-  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size());
+  clear(t);
   return t;
 }
 

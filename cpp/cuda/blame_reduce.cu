@@ -38,23 +38,40 @@ static void launch(const BlameLayout& layout, bool gradient, const Tensor& contr
   check_launch("blame_reduce");
 }
 
+static void reduce(const BlameLayout& layout, bool gradient, const Tensor& contribution,
+                   const Tensor& stats) {
+  with_scalar(layout.activation.scalar_type(), "activation", [&](auto scalar) {
+    if (layout.count() > 0) launch<decltype(scalar)>(layout, gradient, contribution, stats);
+  });
+}
+
 static std::tuple<Tensor, Tensor> blame_reduce_cuda(const Tensor& activation, const Tensor& error,
                                                     int64_t unit_dim, bool gradient) {
   const torch::stable::accelerator::DeviceGuard guard(activation.get_device_index());
   const BlameLayout layout = blame_layout(activation, error, unit_dim);
-  const bool wide = activation.scalar_type() == ScalarType::Double;
-  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = blame_dtype(activation);
   const Tensor contribution =
       torch::stable::new_zeros(activation, {layout.samples, layout.units}, dtype);
   const Tensor stats = torch::stable::new_zeros(activation, {stat_count, layout.units}, dtype);
-  with_scalar(activation.scalar_type(), "activation", [&](auto scalar) {
-    if (layout.count() > 0) launch<decltype(scalar)>(layout, gradient, contribution, stats);
-  });
+  reduce(layout, gradient, contribution, stats);
   return {contribution, stats};
+}
+
+static void blame_reduce_into_cuda(const Tensor& activation, const Tensor& error, int64_t unit_dim,
+                                   bool gradient, const Tensor& contribution, const Tensor& stats) {
+  const torch::stable::accelerator::DeviceGuard guard(activation.get_device_index());
+  const BlameLayout layout = blame_layout(activation, error, unit_dim);
+  check_blame_results(layout, contribution, stats);
+  if (layout.count() == 0) {  // the kernels write every element otherwise
+    for (Tensor t : {contribution, stats}) torch::stable::zero_(t);
+    return;
+  }
+  reduce(layout, gradient, contribution, stats);
 }
 
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CUDA, m) {
   m.impl("blame_reduce", TORCH_BOX(&torchbp::blame_reduce_cuda));
+  m.impl("blame_reduce_into", TORCH_BOX(&torchbp::blame_reduce_into_cuda));
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models import MODELS, cnn, mlp, residual
 from torch import nn
 
-from torchbp import BlameTracker, attribute, convert
+from torchbp import BlameTracker, attribute, convert, kernels
 
 
 def track(model, x, y, method="taylor", steps=3, scale=1.0, loss_fn=F.cross_entropy, **options):
@@ -162,6 +162,53 @@ def test_every_tracks_one_step_in_that_many():
     model, x, y = mlp()
     report = track(model, x, y, steps=7, every=3).report()
     assert report.frame.samples == 3 * len(x)
+
+
+def test_batches_of_several_sizes():
+    model, x, y = mlp()
+    parts = [slice(0, len(x)), slice(0, 3), slice(1, len(x)), slice(0, len(x))]
+    with BlameTracker(model) as tracker:
+        for part in parts:
+            loss = F.cross_entropy(model(x[part]), y[part])
+            loss.backward()
+            tracker.step(loss, targets=y[part])
+    for name, got in tracker.report().frame.layers.items():
+        steps = [attribute(model, x[p], y[p], F.cross_entropy, "link") for p in parts]
+        torch.testing.assert_close(got.blame, sum(s.per_unit(name) for s in steps).double())
+
+
+def test_a_late_backward_of_an_earlier_step_changes_nothing():
+    model, x, y = mlp()
+    expected = attribute(model, x, y, F.cross_entropy, "link")
+    with BlameTracker(model) as tracker:
+        late = F.cross_entropy(3 * model(x.flip(0)), y)
+        with pytest.raises(RuntimeError, match="no error signal"):
+            tracker.step(late, targets=y)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        late.backward()
+        tracker.step(loss, targets=y)
+    for name in expected:
+        torch.testing.assert_close(tracker.report().per_unit(name), expected.per_unit(name))
+
+
+def test_results_are_written_where_those_of_the_step_before_were(monkeypatch):
+    addresses: list[list[int]] = []
+    into = kernels.blame_reduce_into
+
+    def noted(*args):
+        addresses[-1] += [t.data_ptr() for t in args[-2:]]
+        into(*args)
+
+    monkeypatch.setattr(kernels, "blame_reduce_into", noted)
+    model, x, y = mlp()
+    with BlameTracker(model) as tracker:
+        for _ in range(3):
+            addresses.append([])
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            tracker.step(loss, targets=y)
+    assert addresses[2] == addresses[1] and len(set(addresses[2])) == len(addresses[2])
 
 
 def test_validation_passes_are_not_tracked():

@@ -62,6 +62,12 @@ SMALL: dict[str, dict[str, Arguments]] = {
         "image": (IMAGE, IMAGE, 1, True),
         "half": (X.half(), X.half(), 1, False),
     },
+    "blame_reduce_into": {
+        "": (X, X, -1, False, X.clone(), X[:3].clone()),
+        "image": (IMAGE, IMAGE, 1, True, X[:2, :3].clone(), X[:3, :3].clone()),
+        "half": (X.half(), X.half(), 1, False, X.clone(), X[:3].clone()),
+        "empty": (IMAGE[:, :, :0], IMAGE[:, :, :0], 1, False, X[:2, :3].clone(), X[:3, :3].clone()),
+    },
     "blame_settle": {
         "": ([X, X], [X[:3], X[:3]], torch.ones(6), torch.arange(6), 4, 0.5, [1, 0]),
         "plain": ([X.double()], [X.double()[:3]], torch.ones(6).double(), None, 4, 0.5, [2]),
@@ -168,6 +174,17 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
             ((9, 1023, 33), -1),
             ((1, 2, 90_001), 1),
         ]
+    ],
+    "blame_reduce_into": lambda: [
+        (
+            sample(*s),
+            sample(*s).flip(0),
+            dim,
+            False,
+            torch.empty(s[0], s[dim]),
+            torch.empty(3, s[dim]),
+        )
+        for s, dim in [((1025, 257), -1), ((9, 33, 31, 33), 1)]
     ],
     "blame_settle": lambda: [
         (

@@ -62,6 +62,16 @@ def test_equals_reference_and_definition(shape, unit_dim, dtype):
         assert_same(got, reference.blame_reduce(a, delta, unit_dim, gradient), wide)
 
 
+@cases
+@dtypes
+def test_into_memory_that_is_there(shape, unit_dim, dtype):
+    a, delta = make(shape, dtype)
+    expected = kernels.blame_reduce(a, delta, unit_dim)
+    results = [torch.full_like(t, torch.nan) for t in expected]
+    kernels.blame_reduce_into(a, delta, unit_dim, False, *results)
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
 LAYOUTS = {
     "channels_last": lambda t: t.to(memory_format=torch.channels_last),
     "rows of a wider tensor": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],

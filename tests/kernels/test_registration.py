@@ -95,6 +95,22 @@ BAD = {
     "unit_dim 0": (lambda m: m.blame_reduce(X, X, -2, False), "unit_dim: expected 1 .* got -2"),
     "error shape": (lambda m: m.blame_reduce(X, X[:, :4], 1, False), "error: expected the shape"),
     "error dtype": (lambda m: m.blame_reduce(X, X.half(), 1, False), "error: expected the dtype"),
+    "contribution shape": (
+        lambda m: m.blame_reduce_into(X, X, 1, False, sample(5, 5), sample(3, 5)),
+        r"contribution: expected shape \[6, 5\]",
+    ),
+    "stats shape": (
+        lambda m: m.blame_reduce_into(X, X, 1, False, sample(6, 5), sample(15)),
+        r"stats: expected shape \[3, 5\]",
+    ),
+    "contribution dtype": (
+        lambda m: m.blame_reduce_into(X, X, 1, False, sample(6, 5).double(), sample(3, 5)),
+        "contribution: expected float64 for a float64 activation, float32 for others",
+    ),
+    "stats layout": (
+        lambda m: m.blame_reduce_into(X, X, 1, False, sample(6, 5), sample(5, 3).t()),
+        "stats: expected a contiguous tensor",
+    ),
     "complex": (
         lambda m: m.blame_reduce(X.to(torch.complex64), X.to(torch.complex64), 1, False),
         "activation: expected float32",

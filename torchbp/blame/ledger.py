@@ -145,7 +145,10 @@ def sample_ids(samples: Any, n: int) -> Tensor:
         ValueError: if they are not ``n`` non-negative integers.
     """
     if isinstance(samples, range):  # torch would go through it one by one
-        samples = torch.arange(samples.start, samples.stop, samples.step)
+        ids = torch.arange(samples.start, samples.stop, samples.step)
+        if len(ids) == n and (n == 0 or min(samples[0], samples[-1]) >= 0):
+            return ids
+        samples = ids
     ids = torch.as_tensor(samples).cpu()
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
         raise ValueError(

@@ -22,6 +22,7 @@ class Step:
         head: the loss.
         scale: what the un-averaged error signals were multiplied by.
         losses: ``[N]``, un-averaged.
+        total: their sum.
         targets: as given by the user.
         output: ``[N, ...]`` what the loss was computed from.
     """
@@ -29,6 +30,7 @@ class Step:
     head: LossHead
     scale: float
     losses: Tensor
+    total: float
     targets: Any
     output: Tensor
 
@@ -78,7 +80,7 @@ def settle(
     layout = Layout(tuple(e.name for e in entries), tuple(c.shape[1] for c in contributions))
     elements = tuple(e.elements for e in entries)
     by_class = None if labels is None else per_class
-    return UnitSums(layout, rows, by_class, elements, n, float(step.losses.sum())), per_sample
+    return UnitSums(layout, rows, by_class, elements, n, step.total), per_sample
 
 
 def _of_one_dtype(entries: Sequence[Entry]) -> tuple[list[Tensor], list[Tensor]]:

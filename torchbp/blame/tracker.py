@@ -161,8 +161,8 @@ class BlameTracker:
             self._heads = [head]
         if self.method == "link":
             self._check_link(head, output, targets)
-        step = Step(head, scale, losses, targets, output)
-        if not math.isfinite(scale) or not math.isfinite(float(losses.sum())):
+        step = Step(head, scale, losses, float(losses.sum()), targets, output)
+        if not math.isfinite(scale) or not math.isfinite(step.total):
             self._report_nonfinite(pending.entries, now, whole_step=True)
         else:
             self._settle(step, pending.entries, now, samples)

@@ -78,6 +78,28 @@ class Pending:
     outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+#: Results by the order of their call.
+Memory = dict[int, tuple[Tensor, Tensor]]
+
+
+def _results(memory: Memory, order: int, activation: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``[N, U]`` and ``[3, U]`` to write a layer's sums into: those of the step before if they fit.
+
+    They are as large as the activations, and pages that the allocator hands back and takes anew at
+    every step cost more than the sums themselves.
+    """
+    shape = (activation.shape[0], activation.shape[dim])
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    found = memory.get(order)
+    if found is not None:
+        t = found[0]
+        if t.shape == shape and t.dtype is dtype and t.device == activation.device:
+            return found
+    new = activation.new_empty
+    memory[order] = new(shape, dtype=dtype), new((3, shape[1]), dtype=dtype)
+    return memory[order]
+
+
 class Watch:
     """Hooks on a model's layers and on its output.
 
@@ -111,6 +133,7 @@ class Watch:
         self._probe: Capture | None = None
         self._final: Any = None
         self._pending = Pending()
+        self._memory: Memory = {}
         self._handles: dict[str, Any] = {}
         self._norm_handles: list[Any] = []
         self._norm_calls: list[tuple[nn.Module, int]] = []
@@ -149,6 +172,7 @@ class Watch:
         self._handles.clear()
         self._norm_handles.clear()
         self._pending, self._probe = Pending(), None
+        self._memory.clear()
 
     def take(self) -> Pending:
         """What happened since the last call, and start afresh."""
@@ -207,7 +231,9 @@ class Watch:
                 return
             if a.dim() == 1:
                 a, delta = a[:, None], delta[:, None]
-            contribution, stats = kernels.blame_reduce(a, delta, dim, self._gradient)
+            memory = self._memory if pending is self._pending else {}
+            contribution, stats = _results(memory, order, a, dim)
+            kernels.blame_reduce_into(a, delta, dim, self._gradient, contribution, stats)
             elements = a.numel() // max(contribution.shape[1], 1)
             pending.entries.append(Entry(order, name, contribution, stats, elements))
 
@@ -257,6 +283,7 @@ class Watch:
         self._norm_handles.clear()
         for name in {*self._handles} - {c.name for c in calls}:
             self._handles.pop(name).remove()
+        self._memory.clear()  # that of layers which are watched no more, too
 
     def _named(self, entries: list[Entry]) -> list[Entry]:
         """Entries in forward order, named by call, and only those that were selected.

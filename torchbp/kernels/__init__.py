@@ -44,6 +44,7 @@ __all__ = [
     "bias_act",
     "bias_act_backward",
     "blame_reduce",
+    "blame_reduce_into",
     "blame_settle",
     "conv_grad_weight",
     "cross_entropy",
@@ -174,6 +175,32 @@ def blame_reduce(
         RuntimeError: An argument is not as described.
     """
     return registration.blame_reduce(activation, error, unit_dim, gradient)
+
+
+def blame_reduce_into(
+    activation: Tensor,
+    error: Tensor,
+    unit_dim: int,
+    gradient: bool,
+    contribution: Tensor,
+    stats: Tensor,
+) -> None:
+    """Write what `blame_reduce` returns into memory that is there.
+
+    A caller that does this at every step keeps the memory: new pages cost more than the sums.
+
+    Args:
+        activation: As `blame_reduce` takes it.
+        error: As `blame_reduce` takes it.
+        unit_dim: As `blame_reduce` takes it.
+        gradient: As `blame_reduce` takes it.
+        contribution: Contiguous, shape ``[N, U]``, of the dtype of the result.
+        stats: Contiguous, shape ``[3, U]``, of the dtype of the result.
+
+    Raises:
+        RuntimeError: An argument is not as described.
+    """
+    registration.blame_reduce_into(activation, error, unit_dim, gradient, contribution, stats)
 
 
 def blame_settle(

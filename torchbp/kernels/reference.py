@@ -58,6 +58,47 @@ def blame_reduce(
     return contribution, torch.stack([zeros, a.square().sum((0, 2)), delta.square().sum((0, 2))])
 
 
+def check_blame_reduce_into(
+    activation: Tensor,
+    error: Tensor,
+    unit_dim: int,
+    contribution: Tensor,
+    stats: Tensor,
+) -> None:
+    """Raise RuntimeError where an argument of `blame_reduce_into` is not as documented."""
+    units = activation.shape[check_blame_reduce(activation, error, unit_dim)]
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    for name, result, rows in (
+        ("contribution", contribution, activation.shape[0]),
+        ("stats", stats, 3),
+    ):
+        if result.shape != (rows, units):
+            raise RuntimeError(f"{name}: expected shape [{rows}, {units}]")
+        if result.dtype != dtype:
+            raise RuntimeError(
+                f"{name}: expected float64 for a float64 activation, float32 for others"
+            )
+        if result.device != activation.device:
+            raise RuntimeError(f"{name}: expected the device of activation")
+        if not result.is_contiguous():
+            raise RuntimeError(f"{name}: expected a contiguous tensor to write into")
+
+
+def blame_reduce_into(
+    activation: Tensor,
+    error: Tensor,
+    unit_dim: int,
+    gradient: bool,
+    contribution: Tensor,
+    stats: Tensor,
+) -> None:
+    """Reference of `torchbp.kernels.blame_reduce_into`; same arguments and errors."""
+    check_blame_reduce_into(activation, error, unit_dim, contribution, stats)
+    results = blame_reduce(activation, error, unit_dim, gradient)
+    for result, value in zip((contribution, stats), results, strict=True):
+        result.copy_(value)
+
+
 # In the order of their numbers.
 BLAME_KINDS = ("taylor", "log_odds", "squared")
 

@@ -37,6 +37,17 @@ def _fake_blame_reduce(
     )
 
 
+def _fake_blame_reduce_into(
+    activation: Tensor,
+    error: Tensor,
+    unit_dim: int,
+    gradient: bool,
+    contribution: Tensor,
+    stats: Tensor,
+) -> None:
+    reference.check_blame_reduce_into(activation, error, unit_dim, contribution, stats)
+
+
 def _fake_blame_settle(
     contributions: Sequence[Tensor],
     stats: Sequence[Tensor],
@@ -234,6 +245,12 @@ blame_reduce = add(
     reference.blame_reduce,
     _fake_blame_reduce,
     _vmap_blame_reduce,
+)
+blame_reduce_into = add(
+    "blame_reduce_into(Tensor activation, Tensor error, int unit_dim, bool gradient,"
+    " Tensor(a!) contribution, Tensor(b!) stats) -> ()",
+    reference.blame_reduce_into,
+    _fake_blame_reduce_into,
 )
 blame_settle = add(
     "blame_settle(Tensor[] contributions, Tensor[] stats, Tensor losses, Tensor? labels,"

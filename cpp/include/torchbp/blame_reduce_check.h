@@ -58,4 +58,25 @@ inline BlameLayout blame_layout(const Tensor& a, const Tensor& delta, int64_t un
   return *shared_layout(torch::stable::contiguous(a), torch::stable::contiguous(delta), dim);
 }
 
+inline ScalarType blame_dtype(const Tensor& activation) {
+  const bool wide = activation.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_blame_result(const Tensor& t, const char* name, int64_t rows,
+                               const BlameLayout& layout) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == layout.units, name,
+                  ": expected shape [", rows, ", ", layout.units, "]");
+  STD_TORCH_CHECK(t.scalar_type() == blame_dtype(layout.activation), name,
+                  ": expected float64 for a float64 activation, float32 for others");
+  STD_TORCH_CHECK(t.device() == layout.activation.device(), name,
+                  ": expected the device of activation");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor to write into");
+}
+inline void check_blame_results(const BlameLayout& layout, const Tensor& contribution,
+                                const Tensor& stats) {
+  check_blame_result(contribution, "contribution", layout.samples, layout);
+  check_blame_result(stats, "stats", stat_count, layout);
+}
+
 }  // namespace torchbp
