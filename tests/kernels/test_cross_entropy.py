@@ -290,3 +290,27 @@ def test_the_functional_with_many_classes_follows_transforms():
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
     with pytest.raises(IndexError, match="out of bounds"):
         functional(z[0], target + 1500)
+
+
+@pytest.mark.parametrize("classes", [20, 300])
+def test_the_functional_refuses_targets_of_another_shape(classes):
+    z = torch.randn(4, classes)
+    for shape in ((4, 1), (1, 4), (2, 2)):
+        target = torch.zeros(shape, dtype=torch.int64)
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            F.cross_entropy(z, target)
+        with pytest.raises(theirs.type):
+            functional(z, target)
+    one = torch.zeros(1, dtype=torch.int64)
+    ours, theirs = (f(z[0], one, reduction="none") for f in (functional, F.cross_entropy))
+    assert ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("reduction", kernels.REDUCTIONS)
+def test_the_ignored_class_is_none_of_the_bytes(reduction):
+    z = torch.randn(3, 200, requires_grad=True)
+    target = torch.tensor([0, 156, 199], dtype=torch.uint8)  # -100 is 156 as a byte
+    ours, theirs = (f(z, target, reduction=reduction) for f in (functional, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    grad, want = (torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(grad, want)

@@ -242,10 +242,51 @@ def test_transforms_go_through_the_composition(how, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_batch_of_gradients(reduction):
+    x, w, b, target = make()
+    options: Any = {"ignore_index": IGNORED, "reduction": reduction}
+    ours = linear_cross_entropy(x, w, target, linear_bias=b, options=CHUNK, **options)
+    theirs = F.cross_entropy(F.linear(x, w, b), target, **options)
+    gradients = torch.randn(3, *ours.shape, dtype=ours.dtype)
+    for g, e in zip(
+        torch.autograd.grad(ours, (x, w, b), gradients, is_grads_batched=True),
+        torch.autograd.grad(theirs, (x, w, b), gradients, is_grads_batched=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-13)
+
+
+def test_the_scale_of_the_loss_keeps_float16_gradients_from_vanishing():
+    torch.manual_seed(0)
+    rows, features, classes, scale = 8192, 4, 2000, 16384.0
+    x, w = torch.randn(rows, features).half(), 0.2 * torch.randn(classes, features).half()
+    x, w, target = x.requires_grad_(), w.requires_grad_(), torch.randint(classes, (rows,))
+    target[3] = -100
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2048)
+    (scale * linear_cross_entropy(x, w, target, options=options).float()).backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    (scale * F.cross_entropy(F.linear(*exact), target)).backward()
+    for t, e in zip((x, w), exact, strict=True):
+        error = (t.grad.double() - e.grad).norm() / e.grad.norm()
+        assert error < 1e-3, float(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_where_every_row_is_ignored_gradients_are_zero(dtype):
+    x, w, b, target = make(dtype)
+    loss = linear_cross_entropy(x, w, target.fill_(-100), linear_bias=b, options=CHUNK)
+    assert loss.isnan()
+    loss.backward()
+    assert not any(t.grad.any() for t in (x, w, b))
+
+
 def test_a_class_that_is_not_there_is_named():
     x, w, _, target = make()
     target[0] = C
-    with pytest.raises(RuntimeError, match=rf"expected classes in \[0, {C}\), got {C}"):
+    with pytest.raises(IndexError, match=f"Target {C} is out of bounds"):  # torch's own
         linear_cross_entropy(x, w, target, options=CHUNK)
+    with pytest.raises(RuntimeError, match=rf"expected classes in \[0, {C}\), got {C}"):
+        linear_cross_entropy_rows(x, w, target, options=CHUNK)
     with pytest.raises(RuntimeError, match="linear_cross_entropy_rows: expected plain tensors"):
         linear_cross_entropy_rows(x, w, torch.randn(N, C))

@@ -232,10 +232,10 @@ class SampleLedger:
         return mean.masked_fill(self.seen == 0, float("nan"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors only."""
+        """Tensors only, in memory of their own: :meth:`add` writes in place."""
         return {
-            "loss": self.loss, "seen": self.seen, "label": self.label, "rival": self.rival,
-            "blame": self.blame,
+            "loss": self.loss.clone(), "seen": self.seen.clone(), "label": self.label.clone(),
+            "rival": self.rival.clone(), "blame": self.blame,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

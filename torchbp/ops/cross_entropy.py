@@ -53,7 +53,10 @@ class CrossEntropy(Op):
         smoothing: float,
     ) -> Tensor:
         if z.dim() > 0 and z.shape[class_dim(z)] >= _MANY_CLASSES:
-            rows = kernel_rows(z, target, weight)
+            one_each = (
+                target.shape == z.shape[:1] + z.shape[2:] if z.dim() > 1 else not target.dim()
+            )
+            rows = kernel_rows(z, target, weight) if one_each else None
             if rows is not None and reduction in kernels.REDUCTIONS and 0 <= smoothing <= 1:
                 settings = weight, reduction, ignore_index, smoothing
                 with contextlib.suppress(RuntimeError):  # torch says which class is not there
@@ -233,8 +236,9 @@ def index_rows(
         A valid class index for every row; what its loss is multiplied by, zero where it is
         ignored; and that times the weight of its class.
     """
+    target = target.long()  # torch takes bytes too, and compares before they wrap around
     ignored, scale = target == ignore, wide(multiplier)
-    index = target.masked_fill(ignored, 0).long()  # torch takes bytes too
+    index = target.masked_fill(ignored, 0)
     own = None if weight is None else wide(weight)[index]
     if reduction == "mean":
         scale = scale / (

@@ -99,6 +99,7 @@ def linear_cross_entropy(
 
     Raises:
         RuntimeError: if the shapes do not fit, or if ``ignore_index`` comes with probabilities.
+        IndexError: on the CPU, if a class is out of range.
     """
     _check_shapes(input, linear_weight, linear_bias)
     classes, *places = linear_weight.shape[:-1]
@@ -111,9 +112,12 @@ def linear_cross_entropy(
     if not places and input.dim() == 2:
         rows = chunk_rows(input, classes, options)
         if rows < input.shape[0] and can_chunk(*arguments, settings):
-            return Chunked.apply(*cast_for_chunks(*arguments), settings._replace(chunk_rows=rows))[
-                0
-            ]
+            settings = settings._replace(chunk_rows=rows)
+            try:
+                return Chunked.apply(*cast_for_chunks(*arguments), settings)[0]
+            except RuntimeError:
+                _refuse_classes(input, target, classes, ignore)
+                raise
     if not places:
         return composed(*arguments, settings)[0]
     if z_loss:
@@ -129,6 +133,12 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def _refuse_classes(input: Tensor, target: Tensor, classes: int, ignore: int) -> None:
+    """Torch's own error for a class that is not there."""
+    nothing = input.new_zeros(()).expand(input.shape[0], classes)
+    F.nll_loss(nothing, target, ignore_index=ignore, reduction="none")
 
 
 class TokenLosses(NamedTuple):

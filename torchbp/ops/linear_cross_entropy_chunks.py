@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
@@ -46,7 +47,9 @@ class Chunked(torch.autograd.Function):
     and ``∂b = Σ g`` (Hsu et al. 2024, "Liger Kernel"); backward multiplies them by the scalar that
     arrives, and hands them over: a second pass through a graph that was retained visits the chunks
     again. So does ``reduction="none"``, where every row is scaled by a number of its own. A second
-    derivative differentiates the formula written out over all rows.
+    derivative differentiates the formula written out over all rows, which also takes a batch of
+    gradients. In float16, where a mean over many rows would leave most gradients zero, they are
+    divided by the number of rows in backward alone, together with the scale of the loss.
     """
 
     @staticmethod
@@ -66,9 +69,13 @@ class Chunked(torch.autograd.Function):
         scale = _scale(x, target, weight, settings)
         summed = settings.reduction != "none"
         needs = ctx.needs_input_grad[:3] if summed and settings.recorded else (False,) * 3
-        rows, grads = _visit(x, w, b, target, weight, scale, settings, needs)
+        ctx.late, factor = None, scale
+        if x.dtype is torch.float16 and any(needs):
+            ctx.late = scale.masked_fill((target == settings.ignore_index).all(), 0)
+            factor = torch.ones_like(scale)
+        rows, grads = _visit(x, w, b, target, weight, factor, settings, needs)
         if any(needs):
-            ctx.grads = grads
+            ctx.grads = grads if ctx.late is not None else _narrow(grads, w)
         loss = (rows[0].sum() * scale).to(settings.dtype) if summed else rows[0].to(settings.dtype)
         ctx.mark_non_differentiable(rows)
         return loss, rows
@@ -81,16 +88,24 @@ class Chunked(torch.autograd.Function):
         x, w, b, target, weight = ctx.saved_tensors
         settings, needs = ctx.settings, ctx.needs_input_grad[:3]
         grads, ctx.grads = ctx.grads, None
-        if torch.is_grad_enabled():
+        batched = _are_functorch_transforms_active() or is_legacy_batchedtensor(grad_loss)
+        if torch.is_grad_enabled() or batched:
             grads = _differentiable(grad_loss, x, w, b, target, weight, settings, needs)
         elif grads is None:
             scale = (wide(grad_loss) * _scale(x, target, weight, settings)).contiguous()
-            _, grads = _visit(x, w, b, target, weight, scale, settings, needs)
+            grads = _narrow(_visit(x, w, b, target, weight, scale, settings, needs)[1], w)
+        elif ctx.late is not None:
+            factor = wide(grad_loss) * ctx.late
+            grads = _narrow([None if g is None else wide(g) * factor for g in grads], w)
         else:
             for g in grads:
                 if g is not None:
                     g.mul_(grad_loss)
         return *grads, None, None, None
+
+
+def _narrow(grads: list[Tensor | None], w: Tensor) -> list[Tensor | None]:
+    return [None if g is None else g.to(w.dtype) for g in grads]
 
 
 def _differentiable(
@@ -189,9 +204,8 @@ class _Sums:
             self.of_b += g.sum(0, dtype=self.of_b.dtype)
 
     def results(self) -> list[Tensor | None]:
-        """The gradients of x, w and b, in their dtype."""
-        found = (self.of_x, self.of_w, self.of_b)
-        return [None if g is None else g.to(self.w.dtype) for g in found]
+        """The gradients of x, in its dtype, and of w and b, in that of sums."""
+        return [self.of_x, self.of_w, self.of_b]
 
 
 def composed(
@@ -209,10 +223,11 @@ def composed(
         return cross_entropy(z, target, weight, reduction=settings.reduction, **options), z
     index = not target.is_floating_point()
     rows = cross_entropy(z, target, weight, reduction="none", **options)
+    target = target.long() if index else target  # bytes would wrap ignore_index around
     there = (target != settings.ignore_index) if index else torch.ones_like(rows, dtype=torch.bool)
     own = there.to(rows.dtype)
     if weight is not None and index:
-        own = own * weight.to(rows.dtype)[target.masked_fill(~there, 0).long()]
+        own = own * weight.to(rows.dtype)[target.masked_fill(~there, 0)]
     lse = logsumexp(wide(z), class_dim(z)).to(rows.dtype)
     rows = rows + mul(square(lse), own * settings.z_loss)
     if settings.reduction == "none":
