@@ -7,7 +7,7 @@ import torch
 
 import torchbp.functional as B
 from torchbp import kernels
-from torchbp.ops.dropout import _draws_as_torch
+from torchbp.ops.dropout_draws import _draws_as_torch
 
 COUNTS = (0, 1, 7, 31, 33, 257, 311, 312, 313, 4095, 4097, 70_001)
 as_torch = pytest.mark.skipif(
@@ -65,5 +65,5 @@ def test_bad_arguments():
     if kernels.HAS_EXT:
         calls.append((bad, 3, 0.5))
     for arguments in calls:
-        with pytest.raises(RuntimeError, match="state|count|p:"):
+        with pytest.raises(RuntimeError, match=r"state|count|p:"):
             kernels.bernoulli_bits(*arguments)

@@ -15,7 +15,8 @@ from torch.overrides import has_torch_function
 from torchbp import kernels
 from torchbp.kernels.add_norm import noise_of
 from torchbp.ops.base import wide
-from torchbp.ops.dropout import _bits, _keeps_all, _kept, dropout
+from torchbp.ops.dropout import _keeps_all, dropout
+from torchbp.ops.dropout_draws import _bits, _kept
 from torchbp.ops.layer_norm import layer_norm, rms_norm
 from torchbp.ops.norm import (
     Moments,
