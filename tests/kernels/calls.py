@@ -30,6 +30,7 @@ IMAGE = sample(2, 3, 4, 5).to(memory_format=torch.channels_last)
 BITS = torch.arange(4, dtype=torch.uint8) * 77
 POOLED = kernels.max_pool(IMAGE, [2, 3], [1, 2], [1, 1], [1, 1], True)
 WINDOW = [3, 3], [2, 2], [1, 1], [1, 1]
+STATE = torch.Generator().manual_seed(3).get_state()
 
 SMALL: dict[str, dict[str, Arguments]] = {
     "add_norm": {
@@ -45,6 +46,10 @@ SMALL: dict[str, dict[str, Arguments]] = {
         "": (IMAGE, IMAGE, B[:3], B[:3].exp(), None, True),
         "weighted": (IMAGE, IMAGE, B[:3], B[:3].exp(), B[2:], False),
         "groups": (IMAGE, IMAGE, X[:2, :1], X[:2, :1].exp(), None, True),
+    },
+    "bernoulli_bits": {
+        "": (STATE, 21, 0.7),
+        "several refreshes": (STATE, 1000, 0.1),
     },
     "bias_act": {
         "": (X, B, "gelu", 0.1),
@@ -160,6 +165,7 @@ LARGE: dict[str, Callable[[], list[Arguments]]] = {
         ]
         + [(x := sample(9, 12, 1023), x, torch.zeros(9, 3), torch.ones(9, 3), sample(12), True)]
     ),
+    "bernoulli_bits": lambda: [(STATE, 70_001, 0.9)],
     "bias_act": lambda: [(sample(1025, 257), sample(257), act, 0.1) for act in ("gelu", "relu")],
     "bias_act_backward": lambda: [
         (g := sample(*s), g, bias, "gelu", 0.1)

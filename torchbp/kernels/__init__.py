@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import registration
 from .add_norm import add_norm, add_norm_backward
+from .bernoulli import bernoulli_bits
 from .cross_entropy import (
     REDUCTIONS,
     cross_entropy,
@@ -41,6 +42,7 @@ __all__ = [
     "add_norm",
     "add_norm_backward",
     "batch_norm_backward",
+    "bernoulli_bits",
     "bias_act",
     "bias_act_backward",
     "blame_reduce",

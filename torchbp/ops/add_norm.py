@@ -15,7 +15,8 @@ from torch.overrides import has_torch_function
 from torchbp import kernels
 from torchbp.kernels.add_norm import noise_of
 from torchbp.ops.base import wide
-from torchbp.ops.dropout import _keeps_all, _kept, dropout
+from torchbp.ops.dropout import _keeps_all, dropout
+from torchbp.ops.dropout_draws import _bits, _kept
 from torchbp.ops.layer_norm import layer_norm, rms_norm
 from torchbp.ops.norm import (
     Moments,
@@ -118,6 +119,10 @@ def _fuses(
     return x.shape == residual.shape and can_normalise(x, shape, residual, weight, bias)
 
 
+def _row_major_bits(x: Tensor, p: float) -> Tensor:
+    return _bits(x, p) if x.is_contiguous() else kernels.dropout_bits(_kept(x, p))
+
+
 def _composed(
     input: Tensor,
     residual: Tensor,
@@ -188,7 +193,7 @@ def add_norm(
         if eps is None:
             float32 = torch.float32 if input.dtype != torch.float64 else torch.float64
             eps = 1e-5 if norm == "layer" else torch.finfo(float32).eps
-        bits = None if keeps else kernels.dropout_bits(_kept(input, p))
+        bits = None if keeps else _row_major_bits(input, p)
         y, total = AddNorm.apply(
             input, residual, bits, 0.0 if keeps else p, weight, bias, len(shape), norm == "layer",
             eps,

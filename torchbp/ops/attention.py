@@ -18,7 +18,7 @@ from torchbp.ops.attention_blocks import (
     safe_softmax,
 )
 from torchbp.ops.base import Op, add_tangents, midpoint, sum_to, wide
-from torchbp.ops.dropout import _noise as dropout_noise
+from torchbp.ops.dropout_draws import _noise as dropout_noise
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import Rule, quotient
 from torchbp.ops.softmax import Softmax

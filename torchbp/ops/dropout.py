@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.overrides import has_torch_function
 
 from torchbp import kernels
 from torchbp.ops.base import Op
+from torchbp.ops.dropout_draws import _bits, _noise, _scale
 from torchbp.ops.elementwise import can_fuse, in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import passes
@@ -114,29 +114,6 @@ def _keeps_all(x: Tensor, p: float, training: bool) -> bool:
     return p == 0 or not training or x.numel() == 0
 
 
-def _noise(x: Tensor, p: float) -> Tensor:
-    """Factors that consume the generator exactly as torch's dropout does."""
-    if p == 1:
-        return torch.zeros((), dtype=x.dtype, device=x.device)
-    if x.is_cuda:
-        _, kept = torch.native_dropout(x.detach(), p, True)
-        return kept.to(x.dtype) / (1 - p)
-    return torch.empty_like(x, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
-
-
-@cache
-def _scale(p: float, dtype: torch.dtype) -> float:
-    """``1 / (1 - p)`` as torch rounds it in that dtype."""
-    return float(torch.ones((), dtype=dtype).div_(1 - p).item())
-
-
-def _kept(x: Tensor, p: float) -> Tensor:
-    """The mask of :func:`_noise`; torch draws the same numbers for every dtype."""
-    if x.is_cuda:
-        return torch.native_dropout(x.detach(), p, True)[1]
-    return torch.empty_like(x, dtype=torch.int32, requires_grad=False).bernoulli_(1 - p)
-
-
 def _drop(x: Tensor, p: float) -> Tensor:
     """Dropout of elements; with bits wherever nobody but autograd sees what is drawn."""
     if (
@@ -151,13 +128,12 @@ def _drop(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     scale = _scale(p, x.dtype)
     if x.is_contiguous():
-        return BitDropout.call(x, kernels.dropout_bits(_kept(x, p)), scale)
+        return BitDropout.call(x, _bits(x, p), scale)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     if not x.permute(order).is_contiguous():
         return Dropout.call(x, _noise(x, p))
-    bits = kernels.dropout_bits(_kept(x, p).permute(order))
     back = [order.index(d) for d in range(x.dim())]
-    return BitDropout.call(x.permute(order), bits, scale).permute(back)
+    return BitDropout.call(x.permute(order), _bits(x, p), scale).permute(back)
 
 
 def _channel_noise(x: Tensor, p: float, batched: bool = True) -> Tensor:
