@@ -107,6 +107,15 @@ def test_of_minus_infinity_alone_the_first_element_is_taken(layout):
     assert (offsets == expected).all()
 
 
+@pytest.mark.parametrize("taps", [256, 257])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_a_byte_counts_256_taps(layout, taps):
+    x = LAYOUTS[layout](torch.arange(600.0).expand(1, 2, 600).clone())
+    _, offsets = FORWARD(x, (taps,), (1,), (0,), (1,), False)
+    assert (offsets == taps - 1).all()
+    assert offsets.dtype == (torch.uint8 if taps == 256 else torch.int32)
+
+
 @cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_threads_do_not_matter(case, layout):
