@@ -29,8 +29,10 @@ namespace torchbp {
 static constexpr int64_t block_elements = 1 << 14, grain_elements = 1 << 15;
 
 // Planes that lie one behind another are pooled as one of that depth, where the depth is left
-// alone.
+// alone. A stride past the end, which leaves one window, is cut: each remainder by it costs a line.
 static Pool joined(Pool q) {
+  for (int d = 0; d < 3; ++d)
+    q.stride[d] = std::clamp<int64_t>(q.in[d] + q.padding[d], 1, q.stride[d]);
   if (q.kernel[0] == 1 && q.stride[0] == 1 && q.padding[0] == 0) {
     q.in[0] = q.out[0] = q.samples * q.channels * q.in[0];
     q.samples = q.channels = 1;

@@ -84,6 +84,8 @@ __global__ void norm_backward_kernel(NormBackwardArguments<T> q) {
   const int64_t end = limit < q.rows ? limit : q.rows;
   A* of_weight = q.sums + blockIdx.x * 2 * q.columns;
   A* of_bias = of_weight + q.columns;
+  // The last blocks may have no rows at all.
+  for (int64_t j = threadIdx.x; j < q.columns; j += softmax_lanes) of_weight[j] = of_bias[j] = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t first = row * q.columns;
     const A mean = q.mean == nullptr ? A(0) : q.mean[row], rstd = q.rstd[row];
@@ -93,9 +95,8 @@ __global__ void norm_backward_kernel(NormBackwardArguments<T> q) {
       const A v = g * parameter(q.weight, q.wide_weight, j, A(1));
       sum += v;
       product += v * c;
-      const bool fresh = row == begin;
-      of_weight[j] = (fresh ? A(0) : of_weight[j]) + g * (c * rstd);
-      of_bias[j] = (fresh ? A(0) : of_bias[j]) + g;
+      of_weight[j] += g * (c * rstd);
+      of_bias[j] += g;
     }
     product = sum_over_block(product);
     sum = q.mean == nullptr ? A(0) : sum_over_block(sum);

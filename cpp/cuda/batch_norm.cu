@@ -60,7 +60,7 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cuda(
     q.shift = output<A>(shift);
     const cudaStream_t stream = current_stream(x);
     const int64_t columns = inner ? ceil_div(channels, lanes_x) : channels;
-    const dim3 grid(unsigned(columns), unsigned(q.samples * q.blocks));
+    const dim3 grid(unsigned(columns), unsigned(std::min(q.samples * q.blocks, most_grid_y)));
     plane_sums_kernel<T><<<grid, dim3(lanes_x, lanes_y), 0, stream>>>(q);
     statistic_kernel<T><<<flat_blocks(statistics), 256, 0, stream>>>(q);
     parameter_kernel<T><<<flat_blocks(channels), 256, 0, stream>>>(q);

@@ -37,70 +37,74 @@ struct BatchNormArguments {
   }
 };
 
-// Block (channels, block of positions of a sample). Channels innermost: a channel in each column
-// lane; else one channel for the whole block.
+// Block (channels, blocks of positions of a sample, one after the other). Channels innermost: a
+// channel in each column lane; else one channel for the whole block.
 template <class T>
 __global__ void plane_sums_kernel(BatchNormArguments<T> q) {
   using A = acc_t<T>;
-  const int64_t n = blockIdx.y / q.blocks, block = blockIdx.y % q.blocks;
-  const int64_t begin = block * q.block_rows, limit = begin + q.block_rows;
-  const int64_t end = limit < q.positions ? limit : q.positions;
   const bool inner = q.channels_inner;
   const int64_t c = inner ? blockIdx.x * int64_t(lanes_x) + threadIdx.x : blockIdx.x;
   const int64_t first = inner ? threadIdx.y : threadIdx.y * lanes_x + threadIdx.x;
   const int64_t step = inner ? lanes_y : lanes_x * lanes_y;
-  A sum = 0, product = 0;
-  if (c < q.channels) {
-    const A mean = q.mean[q.statistic(n, c)];
-    for (int64_t p = begin + first; p < end; p += step) {
-      const int64_t i = q.at(n, c, p);
-      const A g = up(q.grad_output[i]);
-      sum += g;
-      product += g * (up(q.x[i]) - mean);
+  for (int64_t i = blockIdx.y; i < q.samples * q.blocks; i += gridDim.y) {
+    const int64_t n = i / q.blocks, begin = i % q.blocks * q.block_rows;
+    const int64_t limit = begin + q.block_rows, end = limit < q.positions ? limit : q.positions;
+    A sum = 0, product = 0;
+    if (c < q.channels) {
+      const A mean = q.mean[q.statistic(n, c)];
+      for (int64_t p = begin + first; p < end; p += step) {
+        const int64_t at = q.at(n, c, p);
+        const A g = up(q.grad_output[at]);
+        sum += g;
+        product += g * (up(q.x[at]) - mean);
+      }
     }
+    sum = sum_over_y(inner ? sum : sum_over_x(sum));
+    product = sum_over_y(inner ? product : sum_over_x(product));
+    if (threadIdx.y != 0 || c >= q.channels || (!inner && threadIdx.x != 0)) continue;
+    A* out = q.sums + i * 2 * q.channels + c;
+    out[0] = sum;
+    out[q.channels] = product;
   }
-  sum = sum_over_y(inner ? sum : sum_over_x(sum));
-  product = sum_over_y(inner ? product : sum_over_x(product));
-  if (threadIdx.y != 0 || c >= q.channels || (!inner && threadIdx.x != 0)) return;
-  A* out = q.sums + blockIdx.y * 2 * q.channels + c;
-  out[0] = sum;
-  out[q.channels] = product;
 }
 
 // A thread takes a statistic: its part of the gradient.
 template <class T>
 __global__ void statistic_kernel(BatchNormArguments<T> q) {
   using A = acc_t<T>;
-  const int64_t s = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   const bool batch = q.groups == 0;
-  if (s >= (batch ? q.channels : q.samples * q.groups)) return;
   const int64_t count = batch ? q.samples : q.channels / q.groups;
-  double sum = 0, product = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = batch ? i : s / q.groups, c = batch ? s : s % q.groups * count + i;
-    const double w = double(q.weight_of(c));
-    sum += w * q.plane(n, c, 0);
-    product += w * q.plane(n, c, 1);
+  const int64_t statistics = batch ? q.channels : q.samples * q.groups;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, first = blockIdx.x * int64_t(blockDim.x);
+  for (int64_t s = first + threadIdx.x; s < statistics; s += step) {
+    double sum = 0, product = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = batch ? i : s / q.groups, c = batch ? s : s % q.groups * count + i;
+      const double w = double(q.weight_of(c));
+      sum += w * q.plane(n, c, 0);
+      product += w * q.plane(n, c, 1);
+    }
+    const auto gradient =
+        norm_gradient<A>(double(q.rstd[s]), sum, product, double(count * q.positions));
+    q.slope[s] = gradient.slope;
+    q.shift[s] = gradient.shift;
   }
-  const auto gradient =
-      norm_gradient<A>(double(q.rstd[s]), sum, product, double(count * q.positions));
-  q.slope[s] = gradient.slope;
-  q.shift[s] = gradient.shift;
 }
 
 // A thread takes a channel: the gradients of its weight and bias.
 template <class T>
 __global__ void parameter_kernel(BatchNormArguments<T> q) {
   using A = acc_t<T>;
-  const int64_t c = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (c >= q.channels) return;
-  double of_weight = 0, of_bias = 0;
-  for (int64_t n = 0; n < q.samples; ++n) {
-    of_weight += double(q.rstd[q.statistic(n, c)]) * q.plane(n, c, 1);
-    of_bias += q.plane(n, c, 0);
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, first = blockIdx.x * int64_t(blockDim.x);
+  for (int64_t c = first + threadIdx.x; c < q.channels; c += step) {
+    double of_weight = 0, of_bias = 0;
+    for (int64_t n = 0; n < q.samples; ++n) {
+      of_weight += double(q.rstd[q.statistic(n, c)]) * q.plane(n, c, 1);
+      of_bias += q.plane(n, c, 0);
+    }
+    q.grad_weight[c] = A(of_weight);
+    q.grad_bias[c] = A(of_bias);
   }
-  q.grad_weight[c] = A(of_weight);
-  q.grad_bias[c] = A(of_bias);
 }
 
 template <class T>

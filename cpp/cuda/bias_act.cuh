@@ -65,11 +65,12 @@ __global__ void backward_bias_kernel(const T* g, const T* x, const T* bias, T* g
 // out[j] = the sum of `blocks` partial sums, in order.
 template <class T>
 __global__ void join_kernel(const acc_t<T>* sums, T* out, int64_t blocks, int64_t count) {
-  const int64_t j = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (j >= count) return;
-  acc_t<T> sum = 0;
-  for (int64_t b = 0; b < blocks; ++b) sum += sums[b * count + j];
-  out[j] = down<T>(sum);
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, first = blockIdx.x * int64_t(blockDim.x);
+  for (int64_t j = first + threadIdx.x; j < count; j += step) {
+    acc_t<T> sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += sums[b * count + j];
+    out[j] = down<T>(sum);
+  }
 }
 
 }  // namespace torchbp

@@ -25,8 +25,9 @@ struct LayerGroup {
 
 template <class T>
 __global__ void sample_kernel(const T* losses, Sample<T>* shared, int64_t samples, BlameKind kind) {
-  const int64_t n = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (n < samples) shared[n] = sample_of(kind, losses[n]);
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, first = blockIdx.x * int64_t(blockDim.x);
+  for (int64_t n = first + threadIdx.x; n < samples; n += step)
+    shared[n] = sample_of(kind, losses[n]);
 }
 
 template <class T>

@@ -24,6 +24,9 @@ inline unsigned flat_blocks(int64_t count) {
   return unsigned(std::min<int64_t>(ceil_div(count, 256), 1 << 20));
 }
 
+// As many blocks as a grid may have along y: a loop must stride over more.
+inline constexpr int64_t most_grid_y = 65535;
+
 // Row blocks of a reduction: by the shape alone, so that sums do not depend on the device.
 struct RowBlocks {
   int64_t blocks, rows;

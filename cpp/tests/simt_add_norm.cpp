@@ -38,7 +38,7 @@ void backward(int64_t dtype, bool wide, const void* g, const void* grad_sum, con
   simt::with_scalar(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     using A = acc_t<T>;
-    const unsigned blocks = simt::blocks_of(rows, block_rows);
+    const unsigned blocks = simt::blocks_of(rows, block_rows) + 1;  // the last one without a row
     A* sums = simt::scratch<A>(blocks * 2 * columns);
     const NormBackwardArguments<T> q{static_cast<const T*>(g),
                                      static_cast<const T*>(grad_sum),
@@ -56,9 +56,8 @@ void backward(int64_t dtype, bool wide, const void* g, const void* grad_sum, con
                                      columns,
                                      block_rows};
     simt::launch({blocks}, {softmax_lanes}, norm_backward_kernel<T>, q);
-    simt::launch({simt::blocks_of(2 * columns, 64)}, {64}, join_kernel<A>,
-                 static_cast<const A*>(sums), static_cast<A*>(of_parameters), int64_t(blocks),
-                 2 * columns);
+    simt::launch({2}, {64}, join_kernel<A>, static_cast<const A*>(sums),
+                 static_cast<A*>(of_parameters), int64_t(blocks), 2 * columns);
   });
 }
 }

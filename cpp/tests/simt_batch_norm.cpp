@@ -1,4 +1,5 @@
-// batch_norm.cu on the CPU; see simt.h. The weight is in the dtype of x, or, if `wide`, of sums.
+// batch_norm.cu on the CPU, in grids that must stride; see simt.h. The weight is in the dtype of x,
+// or, if `wide`, of sums.
 #include "cuda/batch_norm.cuh"
 
 using namespace torchbp;
@@ -35,10 +36,9 @@ void backward(int64_t dtype, bool wide, bool inner, bool training, const void* g
     q.slope = simt::scratch<A>(statistics);
     q.shift = simt::scratch<A>(statistics);
     const unsigned columns = inner ? simt::blocks_of(channels, lanes_x) : unsigned(channels);
-    simt::launch({columns, unsigned(q.samples * q.blocks)}, {lanes_x, lanes_y},
-                 plane_sums_kernel<T>, q);
-    simt::launch({simt::blocks_of(statistics, 64)}, {64}, statistic_kernel<T>, q);
-    simt::launch({simt::blocks_of(channels, 64)}, {64}, parameter_kernel<T>, q);
+    simt::launch({columns, 2}, {lanes_x, lanes_y}, plane_sums_kernel<T>, q);
+    simt::launch({2}, {8}, statistic_kernel<T>, q);
+    simt::launch({2}, {8}, parameter_kernel<T>, q);
     simt::launch({3}, {64}, channel_gradient_kernel<T>, q);
   });
 }

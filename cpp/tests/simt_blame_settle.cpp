@@ -6,8 +6,7 @@ using namespace torchbp;
 template <class T>
 static void run(BlameKind kind, const T* losses, const int64_t* sizes, SettleArguments<T> q) {
   Sample<T>* const shared = simt::scratch<Sample<T>>(q.samples);
-  simt::launch({simt::blocks_of(q.samples, 64)}, {64}, sample_kernel<T>, losses, shared, q.samples,
-               kind);
+  simt::launch({2}, {64}, sample_kernel<T>, losses, shared, q.samples, kind);
   q.shared = shared;
   simt::launch({simt::blocks_of(q.units, lanes_x)}, {lanes_x, lanes_y}, columns_kernel<T>, q);
   each_layer_group(sizes, q.layers, [&](const LayerGroup& group, unsigned count) {

@@ -132,6 +132,20 @@ def test_infinite_logits_and_nan_follow_torch(smoothing):
     torch.testing.assert_close(ours, grad, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_nan_of_any_bits_stays_nan(bits, wide):
+    if wide and bits > 0:
+        bits = 0x7FF8 << 48 | bits & 0xFFF
+    z = torch.randn(3, 40).to(torch.float64 if wide else torch.float32)
+    z.view(torch.int64 if wide else torch.int32)[1, 5] = bits
+    target = torch.tensor([0, 1, 5])
+    loss, both = kernels.cross_entropy(z, target, None, "none")
+    grad = kernels.cross_entropy_backward(torch.ones_like(loss), z, target, None, "none")
+    for t in (loss, both[1], grad[:, 0], grad[:, 39]):
+        assert t.isnan().tolist() == [False, True, False]
+
+
 def test_rows_without_a_class_to_count():
     z, target = torch.full((2, 3), torch.nan), torch.tensor([IGNORED, IGNORED])
     loss, both = kernels.cross_entropy(z, target, ignore_index=IGNORED)

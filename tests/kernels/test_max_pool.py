@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 # Shape, kernel, stride, padding, dilation, ceil_mode. Among them: windows that tile, overlap and
 # leave gaps; planes that fit one block together, that are cut in rows, and in columns; windows of
-# more taps than a byte counts; strides beyond the kernel.
+# more taps than a byte counts; strides beyond the kernel, and beyond the plane.
 CASES: list[tuple[Any, ...]] = [
     ((2, 3, 8, 8), (2, 2), (2, 2), (0, 0), (1, 1), False),
     ((2, 65, 7, 9), (3, 3), (2, 2), (1, 1), (1, 1), False),
@@ -38,6 +38,7 @@ CASES: list[tuple[Any, ...]] = [
     ((2, 3, 5, 6, 7), (3, 2, 1), (4, 3, 2), (1, 0, 0), (1, 2, 1), True),
     ((2, 2, 20, 21), (17, 18), (2, 1), (3, 9), (1, 1), False),
     ((2, 1, 9, 10), (2, 2), (5, 4), (0, 0), (1, 1), False),
+    ((1, 2, 5, 6), (2, 3), (10**6, 10**6), (1, 1), (2, 1), False),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -106,6 +107,15 @@ def test_of_minus_infinity_alone_the_first_element_is_taken(layout):
     assert (offsets == expected).all()
 
 
+@pytest.mark.parametrize("taps", [256, 257])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_a_byte_counts_256_taps(layout, taps):
+    x = LAYOUTS[layout](torch.arange(600.0).expand(1, 2, 600).clone())
+    _, offsets = FORWARD(x, (taps,), (1,), (0,), (1,), False)
+    assert (offsets == taps - 1).all()
+    assert offsets.dtype == (torch.uint8 if taps == 256 else torch.int32)
+
+
 @cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_threads_do_not_matter(case, layout):
@@ -164,6 +174,8 @@ def bad() -> Iterator[tuple[Any, tuple[Any, ...], str]]:
     yield BACKWARD, (Y, OFFSETS.int(), X.shape, *SETTINGS), "offsets: expected "
     yield BACKWARD, (Y, OFFSETS, (1, 3, 6, 6), *SETTINGS), "grad_output: expected the samples"
     yield BACKWARD, (Y, OFFSETS, (6, 6), *SETTINGS), "x: expected 3 or 4 dims, got 2"
+    yield BACKWARD, (Y, OFFSETS, (2, 3, 9, 6), *SETTINGS), "expected 4 windows along dim 2, got 3"
+    yield BACKWARD, (Y, OFFSETS, (2, 3, 6, 4), *SETTINGS), "expected 2 windows along dim 3, got 3"
 
 
 @pytest.mark.parametrize("op, arguments, message", [*bad()])

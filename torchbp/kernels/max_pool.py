@@ -147,6 +147,15 @@ def _dtype(kernel: Sizes) -> torch.dtype:
     return torch.uint8 if math.prod(kernel) <= MOST_SHORT_TAPS else torch.int32
 
 
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
+    """How many windows there are along a dimension, without and with ``ceil_mode``."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    if room < 0:
+        return 0, 0
+    last = -(-room // stride)  # may begin in the padding, where torch has none
+    return room // stride + 1, last + (last * stride < size + padding)
+
+
 def _check(rank: int, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> None:
     dims = len(kernel)
     if not 1 <= dims <= 3:
@@ -219,6 +228,13 @@ def _fake_backward(
     planes = len(shape) - len(kernel)
     if grad_output.dim() != len(shape) or grad_output.shape[:planes] != torch.Size(shape[:planes]):
         raise RuntimeError("grad_output: expected the samples and channels of shape")
+    settings = zip(shape[planes:], kernel, stride, padding, dilation, strict=True)
+    for dim, (size, each) in enumerate(zip(grad_output.shape[planes:], settings, strict=True)):
+        counts = _windows(*each)
+        if size not in counts:
+            raise RuntimeError(
+                f"grad_output: expected {counts[0]} windows along dim {planes + dim}, got {size}"
+            )
     if not _channels_last(offsets, len(kernel)):
         return grad_output.new_empty(tuple(shape))
     return grad_output.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)

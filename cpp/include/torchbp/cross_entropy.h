@@ -17,7 +17,8 @@ namespace torchbp {
 enum class Reduction { none, mean, sum };
 
 // exp(x) for x <= 0, and exactly 0 where the result would not be a normal number: of a sum of which
-// one term is 1 such terms are no part. With 1 + p in (1/2, 2), 2^n is a sum of exponents.
+// one term is 1 such terms are no part. With 1 + p in (1/2, 2), 2^n is a sum of exponents. NaN is
+// returned as it came: the sum could make a number of one whose low bits are set.
 TORCHBP_HD float exp_below_zero(float x) {
   const float shifted = (x < -87.f ? -87.f : x) * 1.44269504f + 0x1.8p23f;
   const float n = shifted - 0x1.8p23f, y = x < -87.f ? -87.f : x;
@@ -30,7 +31,7 @@ TORCHBP_HD float exp_below_zero(float x) {
   p = p * r * r + r + 1.f;
   const float value =
       std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
-  return x < -87.f ? 0.f : value;
+  return x < -87.f ? 0.f : x == x ? value : x;
 }
 #if defined(__CUDACC__)
 TORCHBP_HD double exp_below_zero(double x) { return ::exp(x); }
@@ -55,7 +56,7 @@ TORCHBP_HD double exp_below_zero(double x) {
   p = p * r * r + r + 1.;
   const double value =
       std::bit_cast<double>(std::bit_cast<uint64_t>(p) + (std::bit_cast<uint64_t>(shifted) << 52));
-  return x < -708. ? 0. : value;
+  return x < -708. ? 0. : x == x ? value : x;
 }
 #endif
 

@@ -92,7 +92,16 @@ inline Pool check_max_pool_backward(const Tensor& grad, const Tensor& offsets, c
   bool right = grad.dim() == int64_t(shape.size());
   for (int64_t d = 0; right && d < first; ++d) right = grad.size(d) == shape[d];
   STD_TORCH_CHECK(right, "grad_output: expected the samples and channels of shape");
-  for (int64_t d = 0; d < dims; ++d) q.out[3 - dims + d] = grad.size(first + d);
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t to = 3 - dims + d, size = grad.size(first + d);
+    const auto counted = [&](bool ceil_mode) {
+      return windows(q.in[to], q.kernel[to], q.stride[to], q.padding[to], q.dilation[to],
+                     ceil_mode);
+    };
+    STD_TORCH_CHECK(size == counted(false) || size == counted(true), "grad_output: expected ",
+                    counted(false), " windows along dim ", first + d, ", got ", size);
+    q.out[to] = size;
+  }
   return q;
 }
 
