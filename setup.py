@@ -94,6 +94,7 @@ def extension() -> dict:
     ]
     # None of these changes a result: they only promise that nobody reads errno or the FP flags.
     host = ["-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
+    host += [f"-ffile-prefix-map={ROOT}/="]  # error messages name files as the repository does
     host += ["-ffp-contract=fast", "-Wall", "-Wextra", *(["-Werror"] if STRICT else [])]
     device = ["--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     options: dict = {"libraries": [], "library_dirs": []}
