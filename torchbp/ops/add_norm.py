@@ -22,6 +22,7 @@ from torchbp.ops.norm import (
     Moments,
     as_parameter,
     can_normalise,
+    of_dtype,
     sum_over,
     tangent,
 )
@@ -83,8 +84,8 @@ class AddNorm(torch.autograd.Function):
             of_sum if needs_residual else None,
             None,
             None,
-            of_weight.to(weight.dtype) if needs_weight and of_weight is not None else None,
-            of_bias.to(bias.dtype) if needs_bias and of_bias is not None else None,
+            of_dtype(of_weight, weight) if needs_weight and of_weight is not None else None,
+            of_dtype(of_bias, bias) if needs_bias and of_bias is not None else None,
             *(None,) * 3,
         )
 

@@ -18,6 +18,7 @@ from torchbp.ops.norm import (
     as_parameter,
     as_sums,
     has_backward,
+    of_dtype,
     per_channel,
     secant,
     shares,
@@ -83,8 +84,8 @@ class BatchNorm(Op):
             )
             return (
                 of_x if needs_x else None,
-                of_weight.to(weight.dtype) if needs_weight else None,
-                of_bias.to(bias.dtype) if needs_bias else None,
+                of_dtype(of_weight, weight) if needs_weight else None,
+                of_dtype(of_bias, bias) if needs_bias else None,
                 *(None,) * 5,
             )
         over = all_but_channel(x)

@@ -21,6 +21,7 @@ from torchbp.ops.norm import (
     as_parameter,
     as_sums,
     has_backward,
+    of_dtype,
     per_channel,
     secant,
     shares,
@@ -83,8 +84,8 @@ class GroupNorm(Op):
             return (
                 of_x if needs_x else None,
                 None,
-                of_weight.to(weight.dtype) if needs_weight else None,
-                of_bias.to(bias.dtype) if needs_bias else None,
+                of_dtype(of_weight, weight) if needs_weight else None,
+                of_dtype(of_bias, bias) if needs_bias else None,
                 None,
             )
         xhat, rstd = _normalised(x, mean, rstd, ctx.groups, ctx.eps)

@@ -19,6 +19,7 @@ from torchbp.ops.norm import (
     as_sums,
     can_normalise,
     has_backward,
+    of_dtype,
     secant,
     shares,
     sum_over,
@@ -97,8 +98,8 @@ class LayerNorm(Op):
             return (
                 of_x if needs_x else None,
                 None,
-                of_weight.to(weight.dtype) if needs_weight else None,
-                of_bias.to(bias.dtype) if needs_bias else None,
+                of_dtype(of_weight, weight) if needs_weight else None,
+                of_dtype(of_bias, bias) if needs_bias else None,
                 None,
             )
         over, others = _over(x, ctx.shape), _others(x, ctx.shape)
@@ -254,7 +255,7 @@ class RMSNorm(Op):
             of_x, of_weight, _of_bias = kernels.layer_norm_backward(
                 grad_output, x, None, rstd, as_parameter(weight, x), len(over)
             )
-            of_weight = of_weight.to(weight.dtype) if needs_weight else None
+            of_weight = of_dtype(of_weight, weight) if needs_weight else None
             return of_x if needs_x else None, None, of_weight, None
         moments = Moments(wide(x), over, ctx.eps, centre=False)
         xhat, g = moments.normalised, wide(grad_output)

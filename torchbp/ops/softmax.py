@@ -91,7 +91,7 @@ class Softmax(Op):
             grad = kernels.softmax_backward(grad_output, s)
         else:
             grad = _softmax_map(s, grad_output, ctx.dim)
-        return grad.to(ctx.in_dtype), None, None
+        return grad if grad.dtype is ctx.in_dtype else grad.to(ctx.in_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
@@ -147,7 +147,7 @@ class Softmin(Softmax):
             grad = kernels.softmax_backward(grad_output, s).neg_()
         else:
             grad = _softmax_map(s, -grad_output, ctx.dim)
-        return grad.to(ctx.in_dtype), None, None
+        return grad if grad.dtype is ctx.in_dtype else grad.to(ctx.in_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
@@ -199,7 +199,7 @@ class LogSoftmax(Op):
         else:
             g = wide(grad_output)
             grad = torch.addcmul(g, wide(y).exp(), g.sum(ctx.dim, keepdim=True), value=-1)
-        return grad.to(ctx.in_dtype), None, None
+        return grad if grad.dtype is ctx.in_dtype else grad.to(ctx.in_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
