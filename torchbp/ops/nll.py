@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled, nn
-from torch._C import _are_functorch_transforms_active
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 
-from torchbp.ops.base import Op, is_plain, wide
+from torchbp.ops.base import Op, wide
 from torchbp.ops.cross_entropy import class_dim, index_rows
 from torchbp.ops.loss import FROM_THE_HEAD, legacy_reduction, refuse_gradient
 from torchbp.ops.registry import Maker, Sample, register, sample
@@ -42,13 +40,8 @@ class NLL(Op):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         target, weight = ctx.saved_tensors
-        grad = None
-        if weight is None:
-            grad = _of_equal_rows(grad_output, ctx.shape, ctx.in_dtype, target, *ctx.options)
-        if grad is None:
-            grad = _transposed(grad_output, ctx.shape, target, weight, *ctx.options)
-            grad = grad.to(ctx.in_dtype)
-        return grad, None, None, None, None
+        grad = _transposed(grad_output, ctx.shape, target, weight, *ctx.options)
+        return grad.to(ctx.in_dtype), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:
@@ -78,36 +71,6 @@ def _transposed(
     dim = 1 if len(shape) > 1 else 0
     index, _, hit = index_rows(multiplier, target, weight, ignore, reduction, dim)
     return hit.new_zeros(shape).scatter_(dim, index, -hit)
-
-
-def _of_equal_rows(
-    grad_output: Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    target: Tensor,
-    ignore: int,
-    reduction: str,
-) -> Tensor | None:
-    """The gradient where every row counts the same, which is one number; ``None`` elsewhere.
-
-    To read numbers from tensors takes the CPU, and no transform or trace that has none to show.
-    """
-    if (
-        reduction == "none"
-        or is_grad_enabled()
-        or not grad_output.is_cpu
-        or target.dtype is not torch.int64
-        or not is_plain(grad_output, target)
-        or _are_functorch_transforms_active()
-        or is_compiling()
-    ):
-        return None
-    rows = target.numel()
-    if rows == 0 or (target == ignore).any():
-        return None
-    dim = 1 if len(shape) > 1 else 0
-    slope = -grad_output.item() / (rows if reduction == "mean" else 1)
-    return grad_output.new_zeros(shape, dtype=dtype).scatter_(dim, target.unsqueeze(dim), slope)
 
 
 def _nll_samples(make: Maker) -> Iterator[Sample]:
