@@ -15,6 +15,7 @@ from torch.func import vmap
 import torchbp.functional as B
 from torchbp import kernels
 from torchbp.kernels.max_pool import positions
+from torchbp.ops import max_pool_offsets
 
 FORWARD = torch.ops.torchbp.max_pool.default
 BACKWARD = torch.ops.torchbp.max_pool_backward.default
@@ -184,6 +185,13 @@ def test_arguments_are_checked(op, arguments, message):
         op(*arguments)
 
 
+@pytest.fixture
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers use the kernel for the few elements of a test."""
+    monkeypatch.setattr(max_pool_offsets, "_MANY", 0)
+
+
+@pytest.mark.usefixtures("_few_are_enough")
 def test_the_layer_saves_a_byte_per_window():
     saved: list[Tensor] = []
 
@@ -200,6 +208,7 @@ def test_the_layer_saves_a_byte_per_window():
     assert torch.equal(grad.sum((-1, -2)), torch.full((2, 3), 16.0))
 
 
+@pytest.mark.usefixtures("_few_are_enough")
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_second_derivative_of_the_layer(layout):
     x = LAYOUTS[layout](torch.randn(1, 2, 5, 6, dtype=torch.float64)).requires_grad_()

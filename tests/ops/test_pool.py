@@ -11,6 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torchbp.functional as B
+from torchbp.ops import max_pool_offsets
+
+
+@pytest.fixture(autouse=True, params=["few elements", "many"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Max pooling uses its kernel for many elements only: here for few, too."""
+    if request.param == "many":
+        monkeypatch.setattr(max_pool_offsets, "_MANY", 0)
+
 
 SIZES = {1: (11,), 2: (7, 8), 3: (5, 6, 4)}
 

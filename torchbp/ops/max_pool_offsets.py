@@ -47,6 +47,9 @@ class MaxPoolOffsets(torch.autograd.Function):
         return grad, None, None
 
 
+_MANY = 1 << 14
+
+
 def max_pool_values(
     x: Tensor,
     kernel_size: Any,
@@ -71,6 +74,9 @@ def max_pool_values(
         dims: how many dimensions of x are pooled.
     """
     if not isinstance(x, Tensor) or not can_fuse(x) or has_torch_function((x,)):
+        return None
+    # Along channels, and for few elements, torch's own pooling is faster.
+    if x.is_cpu and not (x.is_contiguous() and x.numel() >= _MANY):
         return None
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
