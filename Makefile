@@ -93,7 +93,7 @@ verify: setup
 bench: setup
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/fused_kernels.py
+	$(BIN)/python benchmarks/blame_kernels.py
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/memory.py

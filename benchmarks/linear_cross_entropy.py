@@ -11,26 +11,13 @@ memory events of torch.profiler; it includes the gradients of input and weight.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _memory import peak_bytes
 from _paired import header, paired
 
 from torchbp import functional as TF
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Highest number of bytes allocated at once by the call."""
-    with torch.profiler.profile(profile_memory=True) as recorded:
-        result = call()
-    del result
-    held = peak = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def main() -> None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from _memory import peak_bytes
 from layers import LAYERS, Inputs, Make
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 import torchbp
@@ -181,19 +180,6 @@ def uncovered() -> set[str]:
     """Drop-ins that no case measures."""
     measured = {type(make()).__name__ for make, _ in CASES.values()}
     return {kind.__name__ for kind in DROP_INS} - measured
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The greatest running sum of the allocator's events while ``step`` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    results: Any = profiler.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    running = greatest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        running += event.nbytes()
-        greatest = max(greatest, running)
-    return greatest
 
 
 def encoder_peaks(dropout: float) -> tuple[int, int, int]:

@@ -24,6 +24,7 @@ from torchbp.blame.capture import (
     unit_dim,
     writes_in_place,
 )
+from torchbp.kernels.reference_common import sums_dtype
 
 _PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
 
@@ -89,7 +90,7 @@ def _results(memory: Memory, order: int, activation: Tensor, dim: int) -> tuple[
     every step cost more than the sums themselves.
     """
     shape = (activation.shape[0], activation.shape[dim])
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(activation)
     found = memory.get(order)
     if found is not None:
         t = found[0]

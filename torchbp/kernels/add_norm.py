@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .dropout import flags_of
 from .reference_common import check_dtype, check_same, up
 from .table import add, vmap_one_by_one
 
 
 def noise_of(bits: Tensor, p: float, like: Tensor) -> Tensor:
     """What dropout multiplies a tensor ``like`` this by: 0, or ``1 / (1 - p)`` where kept."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = (bits.unsqueeze(-1) >> places & 1).reshape(-1)[: like.numel()].reshape(like.shape)
     # As torch makes it, in the dtype of the tensor. With p = 1 nothing is kept.
-    return kept.to(like.dtype).div_(1 - p) if p < 1 else torch.zeros_like(like)
+    return flags_of(bits, like).to(like.dtype).div_(1 - p) if p < 1 else torch.zeros_like(like)
 
 
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference_common import check_alike, check_dtype, up
-from .table import add, batch_first
+from .reference_common import check_alike, check_dtype, sums_dtype, up
+from .table import add, vmap_one_by_one
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _MEAN = REDUCTIONS["mean"]
-
-
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
@@ -58,8 +53,8 @@ def _check_gradient(grad_output: Tensor, logits: Tensor, by_row: bool) -> None:
             f"grad_output: expected {'one value per row' if by_row else 'a scalar'}, got "
             f"{grad_output.numel()} in {grad_output.dim()} dims"
         )
-    if grad_output.dtype != _loss_dtype(logits):
-        raise RuntimeError(f"grad_output: expected {_loss_dtype(logits)}, got {grad_output.dtype}")
+    if grad_output.dtype != sums_dtype(logits):
+        raise RuntimeError(f"grad_output: expected {sums_dtype(logits)}, got {grad_output.dtype}")
     if grad_output.device != logits.device:
         raise RuntimeError("grad_output: expected the device of logits")
 
@@ -170,7 +165,7 @@ def _fake(
     _check_reduction(reduction)
     rows = logits.shape[0]
     loss = logits.new_empty(() if reduction else (rows,))
-    return loss, logits.new_empty((2, rows), dtype=_loss_dtype(logits))
+    return loss, logits.new_empty((2, rows), dtype=sums_dtype(logits))
 
 
 def _fake_backward(
@@ -192,29 +187,7 @@ def _fake_in_place(
 ) -> Tensor:
     _check(logits, target, weight)
     _check_gradient(grad_output, logits, grad_output.dim() > 0)
-    return logits.new_empty((2, logits.shape[0]), dtype=_loss_dtype(logits))
-
-
-def _each(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> Any:
-    """The arguments of every batch entry."""
-    firsts = [
-        None if t is None else batch_first(t, d, info.batch_size)
-        for t, d in zip(tensors, in_dims, strict=False)
-    ]
-    return [[None if t is None else t[i] for t in firsts] for i in range(info.batch_size)]
-
-
-def _vmap(
-    info: Any, in_dims: Sequence[int | None], *args: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    calls = [_op(*one, *args[3:]) for one in _each(info, in_dims, args[:3])]
-    losses, both = zip(*calls, strict=True)
-    return (torch.stack(losses), torch.stack(both)), (0, 0)
-
-
-def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-    calls = [_backward_op(*one, *args[4:]) for one in _each(info, in_dims, args[:4])]
-    return torch.stack(calls), 0
+    return logits.new_empty((2, logits.shape[0]), dtype=sums_dtype(logits))
 
 
 _op = add(
@@ -222,14 +195,14 @@ _op = add(
     " float smoothing, float z_loss) -> (Tensor, Tensor)",
     _reference,
     _fake,
-    _vmap,
+    vmap_one_by_one("cross_entropy"),
 )
 _backward_op = add(
     "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight,"
     " int reduction, int ignore_index, float smoothing, float z_loss) -> Tensor",
     _backward_reference,
     _fake_backward,
-    _vmap_backward,
+    vmap_one_by_one("cross_entropy_backward"),
 )
 _in_place_op = add(
     "cross_entropy_in_place(Tensor(a!) logits, Tensor grad_output, Tensor target, Tensor? weight,"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .reference_common import check_dtype, up
-from .table import add, batch_first
+from .table import add, batch_first, vmap_one_by_one
 
 _FLAGS = (torch.int32, torch.uint8, torch.bool)
 
@@ -41,6 +41,11 @@ def _powers(like: Tensor) -> Tensor:
     return torch.arange(8, device=like.device)
 
 
+def flags_of(bits: Tensor, like: Tensor) -> Tensor:
+    """The ones and zeros that the bits of a tensor ``like`` this stand for, in its shape."""
+    return (bits.long()[:, None] >> _powers(bits) & 1).flatten()[: like.numel()].view(like.shape)
+
+
 def _reference_bits(kept: Tensor) -> Tensor:
     _check_kept(kept)
     flags = (kept != 0).flatten().long()
@@ -50,8 +55,7 @@ def _reference_bits(kept: Tensor) -> Tensor:
 
 def _reference_apply(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     _check_apply(x, bits)
-    flags = (bits.long()[:, None] >> _powers(bits) & 1).flatten()[: x.numel()].view(x.shape)
-    y = up(x) * (flags.to(up(x).dtype) * scale)
+    y = up(x) * (flags_of(bits, x).to(up(x).dtype) * scale)
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(y)
 
 
@@ -72,21 +76,12 @@ def _vmap_bits(info: Any, in_dims: Sequence[int | None], kept: Tensor) -> tuple[
     return torch.stack([_dropout_bits(k) for k in each]), 0
 
 
-def _vmap_apply(
-    info: Any, in_dims: Sequence[int | None], x: Tensor, bits: Tensor, scale: float
-) -> tuple[Tensor, int]:
-    x, bits = (
-        batch_first(t, d, info.batch_size) for t, d in zip((x, bits), in_dims[:2], strict=True)
-    )
-    return torch.stack([_dropout_apply(a, b, scale) for a, b in zip(x, bits, strict=True)]), 0
-
-
 _dropout_bits = add("dropout_bits(Tensor kept) -> Tensor", _reference_bits, _fake_bits, _vmap_bits)
 _dropout_apply = add(
     "dropout_apply(Tensor x, Tensor bits, float scale) -> Tensor",
     _reference_apply,
     _fake_apply,
-    _vmap_apply,
+    vmap_one_by_one("dropout_apply"),
 )
 
 

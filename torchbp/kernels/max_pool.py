@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .reference_common import check_dtype, up
-from .table import add, batch_first, vmap_one_by_one
+from .table import add, vmap_one_by_one
 
 Sizes = Sequence[int]
 
@@ -255,17 +254,6 @@ def _channels_last(t: Tensor, dims: int) -> bool:
     return least != t.stride(1) and t.shape[0] > 0 and t.stride(0) >= least
 
 
-def _vmap_backward(
-    info: Any, in_dims: Sequence[int | None], grad_output: Tensor, offsets: Tensor, *rest: Any
-) -> tuple[Tensor, int]:
-    pairs = zip(
-        batch_first(grad_output, in_dims[0], info.batch_size).unbind(0),
-        batch_first(offsets, in_dims[1], info.batch_size).unbind(0),
-        strict=True,
-    )
-    return torch.stack([_backward(g, o, *rest) for g, o in pairs]), 0
-
-
 _forward = add(
     "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
     " bool ceil_mode) -> (Tensor, Tensor)",
@@ -278,5 +266,5 @@ _backward = add(
     " int[] stride, int[] padding, int[] dilation) -> Tensor",
     _reference_backward,
     _fake_backward,
-    _vmap_backward,
+    vmap_one_by_one("max_pool_backward"),
 )

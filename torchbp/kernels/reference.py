@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .reference_common import check_alike, check_dtype
 from .reference_common import check_same as check_same
+from .reference_common import sums_dtype as sums_dtype
 from .reference_common import up as up
 from .reference_conv import check_conv_grad_weight as check_conv_grad_weight
 from .reference_conv import conv_grad_weight as conv_grad_weight
@@ -67,7 +68,7 @@ def check_blame_reduce_into(
 ) -> None:
     """Raise RuntimeError where an argument of `blame_reduce_into` is not as documented."""
     units = activation.shape[check_blame_reduce(activation, error, unit_dim)]
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(activation)
     for name, result, rows in (
         ("contribution", contribution, activation.shape[0]),
         ("stats", stats, 3),
@@ -216,7 +217,7 @@ def blame_settle(
 
 
 def _check_values(t: Tensor, name: str, count: int, x: Tensor) -> None:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     if t.numel() != count:
         raise RuntimeError(f"{name}: expected {count} values, got {t.numel()}")
     if t.dtype != dtype:

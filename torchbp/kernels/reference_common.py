@@ -8,6 +8,11 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def sums_dtype(t: Tensor) -> torch.dtype:
+    """What sums of the elements of ``t`` are kept in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def up(t: Tensor) -> Tensor:
     """``t`` in the dtype its sums are kept in: float64 stays, anything else becomes float32."""
     return t if t.dtype == torch.float64 else t.float()

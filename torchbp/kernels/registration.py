@@ -29,7 +29,7 @@ def _fake_blame_reduce(
     activation: Tensor, error: Tensor, unit_dim: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     dim = reference.check_blame_reduce(activation, error, unit_dim)
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    dtype = reference.sums_dtype(activation)
     samples, units = activation.shape[0], activation.shape[dim]
     return (
         activation.new_empty((samples, units), dtype=dtype),
@@ -162,18 +162,6 @@ def _vmap_bias_act_backward(
     return (grad_input, grad_bias.reshape(batch, -1).to(x.dtype)), (0, 0)
 
 
-def _vmap_conv_grad_weight(
-    info: Any, in_dims: Sequence[int | None], grad_output: Tensor, x: Tensor, *settings: Any
-) -> tuple[Tensor, int]:
-    op = torch.ops.torchbp.conv_grad_weight.default
-    pairs = zip(
-        batch_first(grad_output, in_dims[0], info.batch_size).unbind(0),
-        batch_first(x, in_dims[1], info.batch_size).unbind(0),
-        strict=True,
-    )
-    return torch.stack([op(g, x, *settings) for g, x in pairs]), 0
-
-
 def _vmap_elementwise_backward(
     info: Any,
     in_dims: Sequence[int | None],
@@ -201,24 +189,6 @@ def _vmap_softmax_backward(
     return result.reshape(pair[1].shape), 0
 
 
-def _vmap_blame_reduce(
-    info: Any,
-    in_dims: Sequence[int | None],
-    activation: Tensor,
-    error: Tensor,
-    unit_dim: int,
-    gradient: bool,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    op = torch.ops.torchbp.blame_reduce.default
-    pairs = zip(
-        batch_first(activation, in_dims[0], info.batch_size).unbind(0),
-        batch_first(error, in_dims[1], info.batch_size).unbind(0),
-        strict=True,
-    )
-    contributions, stats = zip(*(op(a, d, unit_dim, gradient) for a, d in pairs), strict=True)
-    return (torch.stack(contributions), torch.stack(stats)), (0, 0)
-
-
 batch_norm_backward = add(
     "batch_norm_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
     " bool training) -> (Tensor, Tensor, Tensor)",
@@ -244,7 +214,7 @@ blame_reduce = add(
     " -> (Tensor, Tensor)",
     reference.blame_reduce,
     _fake_blame_reduce,
-    _vmap_blame_reduce,
+    vmap_one_by_one("blame_reduce"),
 )
 blame_reduce_into = add(
     "blame_reduce_into(Tensor activation, Tensor error, int unit_dim, bool gradient,"
@@ -263,7 +233,7 @@ conv_grad_weight = add(
     " int[] dilation, int groups) -> Tensor",
     reference.conv_grad_weight,
     _fake_conv_grad_weight,
-    _vmap_conv_grad_weight,
+    vmap_one_by_one("conv_grad_weight"),
 )
 elementwise_backward = add(
     "elementwise_backward(Tensor grad_output, Tensor kept, int function, float a, float b)"

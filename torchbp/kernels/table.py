@@ -76,7 +76,7 @@ def add(
 
 
 def vmap_one_by_one(name: str) -> Callable[..., Any]:
-    """The rule that calls the kernel, which returns a tuple of tensors, for every batch entry."""
+    """The rule that calls the kernel, which returns a tensor or some, for every batch entry."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         call = KERNELS[name].op
@@ -89,6 +89,8 @@ def vmap_one_by_one(name: str) -> Callable[..., Any]:
             )
             for i in range(info.batch_size)
         ]
+        if calls and isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
         results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
         return results, (0,) * len(results)
 

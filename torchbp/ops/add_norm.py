@@ -8,13 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
+from torch._C import _is_any_autocast_enabled
 
 from torchbp import kernels
 from torchbp.kernels.add_norm import noise_of
-from torchbp.ops.base import wide
+from torchbp.ops.base import is_ordinary, wide
 from torchbp.ops.dropout import _keeps_all, dropout
 from torchbp.ops.dropout_draws import _bits, _kept
 from torchbp.ops.layer_norm import layer_norm, rms_norm
@@ -68,7 +66,7 @@ class AddNorm(torch.autograd.Function):
             of_weight = of_bias = None
             of_sum = grad_sum
             branch = of_sum if bits is None or of_sum is None else _drop(of_sum, bits, ctx.p)
-        elif torch.is_grad_enabled() or not kernels.HAS_EXT:
+        elif torch.is_grad_enabled():
             of_sum, of_weight, of_bias = _through_norm(ctx, grad)
             of_sum = of_sum if grad_sum is None else of_sum + grad_sum
             branch = of_sum if bits is None else _drop(of_sum, bits, ctx.p)
@@ -113,9 +111,7 @@ def _through_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor
 def _fuses(
     x: Tensor, residual: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
-    if has_torch_function((x, residual, weight, bias)) or _are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0 or _is_any_autocast_enabled() or not x.numel():
+    if not is_ordinary(x, residual, weight, bias) or _is_any_autocast_enabled() or not x.numel():
         return False
     return x.shape == residual.shape and can_normalise(x, shape, residual, weight, bias)
 

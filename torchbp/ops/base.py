@@ -207,6 +207,18 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether nobody but autograd's backward follows a call on these.
+
+    That is no mode and no subclass with functions of its own, no transform, no forward mode.
+    """
+    return not (
+        has_torch_function(tensors)
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 _CPU = frozenset({"cpu"})
 
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
 
 from torchbp import kernels
-from torchbp.ops.base import Op
-from torchbp.ops.dropout_draws import _bits, _noise, _scale
+from torchbp.ops.base import Op, is_ordinary
+from torchbp.ops.dropout_draws import _bits, _noise, _scale, _unpacked
 from torchbp.ops.elementwise import can_fuse, in_place
 from torchbp.ops.registry import Maker, Sample, register, sample
 from torchbp.ops.relevance import passes
@@ -97,12 +94,6 @@ class BitDropout(Op):
         return multiplier * ((noise + noise0) / 2), None, None
 
 
-def _unpacked(like: Tensor, bits: Tensor, scale: float) -> Tensor:
-    """The factors that the bits stand for."""
-    ones = torch.ones(like.shape, dtype=like.dtype, device=like.device)
-    return kernels.dropout_apply(ones, bits, scale)
-
-
 def _keeps_all(x: Tensor, p: float, training: bool) -> bool:
     """Whether dropout returns its input as it is.
 
@@ -116,13 +107,7 @@ def _keeps_all(x: Tensor, p: float, training: bool) -> bool:
 
 def _drop(x: Tensor, p: float) -> Tensor:
     """Dropout of elements; with bits wherever nobody but autograd sees what is drawn."""
-    if (
-        p == 1
-        or not can_fuse(x)
-        or has_torch_function((x,))
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if p == 1 or not can_fuse(x) or not is_ordinary(x):
         return Dropout.call(x, _noise(x, p))
     if not (x.requires_grad and torch.is_grad_enabled()):
         return F.dropout(x, p)

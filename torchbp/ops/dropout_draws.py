@@ -7,11 +7,9 @@ from threading import Lock
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
 
 from torchbp import kernels
+from torchbp.ops.base import is_ordinary
 from torchbp.ops.elementwise import can_fuse
 
 # From this many elements on the kernel saves more than copying the generator's state costs.
@@ -28,23 +26,19 @@ def _noise(x: Tensor, p: float) -> Tensor:
         _, kept = torch.native_dropout(x.detach(), p, True)
         return kept.to(x.dtype) / (1 - p)
     if _draws_bits(x):
-        ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        return kernels.dropout_apply(ones, _bits(x, p), _scale(p, x.dtype))
+        return _unpacked(x, _bits(x, p), _scale(p, x.dtype))
     return torch.empty_like(x, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
+
+
+def _unpacked(like: Tensor, bits: Tensor, scale: float) -> Tensor:
+    """The factors that the bits stand for."""
+    ones = torch.ones(like.shape, dtype=like.dtype, device=like.device)
+    return kernels.dropout_apply(ones, bits, scale)
 
 
 def _draws_bits(x: Tensor) -> bool:
     """Whether :func:`_bits` is faster for ``x``, and nobody but the caller sees what is drawn."""
-    return (
-        x.is_cpu
-        and x.numel() >= _MANY
-        and x.is_contiguous()
-        and can_fuse(x)
-        and not has_torch_function((x,))
-        and not _are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and kernels.HAS_EXT
-    )
+    return x.is_cpu and x.numel() >= _MANY and x.is_contiguous() and can_fuse(x) and is_ordinary(x)
 
 
 @cache
@@ -75,7 +69,7 @@ def _bits(x: Tensor, p: float) -> Tensor:
     torch draws from the CPU's generator one element after the other; the kernel does the same from
     the generator's state, several times as fast, and leaves the same state behind.
     """
-    if x.is_cpu and kernels.HAS_EXT and x.numel() >= _MANY and _draws_as_torch():
+    if x.is_cpu and x.numel() >= _MANY and _draws_as_torch():
         with _drawing:
             generator = torch.default_generator
             bits, state = kernels.bernoulli_bits(generator.get_state(), x.numel(), 1 - p)

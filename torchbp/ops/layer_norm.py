@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp import kernels
+from torchbp.kernels.reference_common import sums_dtype
 from torchbp.ops.base import Op, midpoint, wide
 from torchbp.ops.norm import (
     Moments,
@@ -300,7 +301,7 @@ class RMSNorm(Op):
 
 def _root_mean_square(x: Tensor, over: tuple[int, ...], eps: float) -> Tensor:
     """``(mean(x²) + eps)^-½`` in one pass over ``x``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     count = math.prod(x.shape[d] for d in over)
     norm = torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=dtype)
     return torch.rsqrt(norm.square() / max(count, 1) + eps)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
+from torch._C import _is_any_autocast_enabled
 
 from torchbp import kernels
 from torchbp.kernels.max_pool import positions
+from torchbp.ops.base import is_ordinary
 from torchbp.ops.elementwise import can_fuse
 from torchbp.ops.planes import put
 
@@ -47,6 +46,7 @@ class MaxPoolOffsets(torch.autograd.Function):
         return grad, None, None
 
 
+# Below that many elements torch's own pooling is faster, which the op calls.
 _MANY = 1 << 14
 
 
@@ -73,12 +73,10 @@ def max_pool_values(
         ceil_mode: let windows start that do not fit whole.
         dims: how many dimensions of x are pooled.
     """
-    if not isinstance(x, Tensor) or not can_fuse(x) or has_torch_function((x,)):
+    if not isinstance(x, Tensor) or not can_fuse(x) or not is_ordinary(x):
         return None
     # Along channels, and for few elements, torch's own pooling is faster.
     if x.is_cpu and not (x.is_contiguous() and x.numel() >= _MANY):
-        return None
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     if dims == 3 and _is_any_autocast_enabled():  # 3d alone is on a list
         return None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchbp.kernels.reference_common import sums_dtype
 from torchbp.ops.base import add_tangents, can_use_kernel, midpoint
 from torchbp.ops.elementwise import _FUSED_DEVICES, can_fuse
 from torchbp.ops.relevance import Rule, quotient
@@ -149,5 +150,5 @@ def of_dtype(grad: Tensor, parameter: Tensor) -> Tensor:
 
 def as_sums(tensor: Tensor, x: Tensor) -> Tensor:
     """A parameter or statistic in the dtype that the kernels keep sums of ``x`` in."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     return tensor if tensor.dtype is dtype else tensor.to(dtype)

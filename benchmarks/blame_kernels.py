@@ -1,6 +1,6 @@
-"""Compiled kernels against eager PyTorch.
+"""The kernels of live blame against eager PyTorch.
 
-``python benchmarks/fused_kernels.py [--threads 2] [--pairs 9]``
+``python benchmarks/blame_kernels.py [--threads 2] [--pairs 9]``
 
 Prints a markdown table; a ratio above 1 means that the kernel is faster.
 """
@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from _paired import header, paired
 from torch import Tensor
 
@@ -20,53 +19,9 @@ from torchbp.blame.definitions import log_odds_blame, squared_error_blame
 
 Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
-EAGER: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-
 
 def _label(x: Tensor) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-
-
-def forward_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
-    """``act(x + b)``, and ``act(x)`` alone."""
-    x, b = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
-    for act, eager in EAGER.items():
-        yield (
-            f"{act}(x + b)",
-            _label(x),
-            lambda act=act: kernels.bias_act(x, b, act),
-            lambda eager=eager: eager(x + b),
-        )
-        yield (
-            f"{act}(x)",
-            _label(x),
-            lambda act=act: kernels.bias_act(x, None, act),
-            lambda eager=eager: eager(x),
-        )
-
-
-def backward_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
-    """The backward of ``act(x + b)``, by autograd over a graph that is kept."""
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
-    b = torch.randn(shape[-1], dtype=dtype, requires_grad=True)
-    grad = torch.randn(shape, dtype=dtype)
-    x0, b0 = x.detach(), b.detach()
-    for act, eager in EAGER.items():
-        y = eager(x + b)
-        yield (
-            f"{act}(x + b) backward",
-            _label(x),
-            lambda act=act: kernels.bias_act_backward(grad, x0, b0, act),
-            lambda y=y: torch.autograd.grad(y, (x, b), grad, retain_graph=True),
-        )
 
 
 def _eager_reduce(a: Tensor, delta: Tensor, unit_dim: int) -> tuple[Tensor, ...]:
@@ -148,10 +103,6 @@ def main() -> None:
     print("| operation | size | kernel ms | eager ms | eager / kernel |\n|---|---|--:|--:|--:|")
     for dtype in (torch.float32, torch.bfloat16):
         for cases in (
-            forward_cases((4096, 4096), dtype),
-            forward_cases((128, 512), dtype),
-            backward_cases((4096, 1024), dtype),
-            backward_cases((128, 512), dtype),
             reduce_cases(dtype),
             settle_cases(dtype),
         ):
